@@ -1,0 +1,122 @@
+// normkit: every normalization of deep learning as one formula,
+//
+//     y = weight * (x - mean_S) / sqrt(var_S + eps) + bias
+//
+// over any set S of axes. This header is all that a C++ program needs. See cpp/README.md for how a call flows.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "normkit/moments.h"
+
+namespace normkit {
+
+using index_t = std::int64_t;
+
+constexpr int kMaxDims = 16;
+
+enum class Dtype : std::uint8_t { none, float32, float64 };
+
+// A strided array that somebody else owns. Strides are in bytes and may be negative, zero or misaligned.
+// A view whose dtype is `none` stands for an argument that is not given.
+struct View {
+    void* data = nullptr;
+    Dtype dtype = Dtype::none;
+    int ndim = 0;
+    index_t shape[kMaxDims] = {};
+    index_t strides[kMaxDims] = {};
+
+    bool given() const { return dtype != Dtype::none; }
+    index_t size() const {
+        index_t n = 1;
+        for (int i = 0; i < ndim; ++i) n *= shape[i];
+        return n;
+    }
+};
+
+enum class Norm : int { batch, instance, group, layer, rms, axes, axes_rms };
+constexpr int kNormCount = 7;
+
+// Which norm, and over what. Only the fields that the norm needs are read.
+struct Spec {
+    Norm norm = Norm::layer;
+    int channel_axis = 1;         // batch, instance, group; 0 <= channel_axis < ndim
+    index_t num_groups = 1;       // group
+    std::uint32_t axes = 0;       // axes, axes_rms: bit i stands for axis i of x
+    int normalized_dims = 1;      // layer, rms: how many trailing axes of x form the set
+};
+
+// Shapes below: "parameters" is (C,) for batch, instance and group, the trailing axes for layer and rms, and anything
+// that broadcasts against x for axes. "Statistics" are C-contiguous in the order of the axes of x that are kept:
+// (C,), (N, C), (N, G), the leading axes, the axes not reduced.
+
+struct Forward {
+    View x;                        // float32
+    View y;                        // like x; may be x itself; absent: statistics only
+    View weight, bias;             // float32 parameters, or absent
+    double* mean = nullptr;        // out, or null
+    double* rstd = nullptr;        // out, 1 / sqrt(var + eps), or null
+    double* m2 = nullptr;          // out, sum of squared deviations, or null
+    double eps = 1e-5;
+    View running_mean, running_var;  // batch, instance: float32 or float64 (C,), updated in place; both or neither
+    double momentum = 0.1;           // weight of the new value
+};
+
+struct Evaluate {
+    View x, y, weight, bias;       // as in Forward
+    View running_mean, running_var;  // float32 or float64 (C,): the statistics to normalize with
+    double* mean = nullptr;        // out: the statistics used, shape as in Forward, or null
+    double* rstd = nullptr;
+    double eps = 1e-5;
+};
+
+struct Backward {
+    View dy, x;                    // float32, one shape
+    const double* mean = nullptr;  // as Forward gave them; mean is not read by the rms norms
+    const double* rstd = nullptr;
+    View weight;                   // or absent: gamma = 1
+    bool constant_statistics = false;  // true: mean and rstd do not depend on x (evaluation, frozen batch norm)
+    View dx;                       // like x; may be x or dy itself; or absent
+    float* dweight = nullptr;      // C-contiguous parameters, or null
+    float* dbias = nullptr;
+};
+
+// Each returns false, having changed nothing, when shapes, dtypes, overlaps or values do not fit; true when done.
+// They throw std::bad_alloc, having changed nothing, when scratch memory can't be had, and nothing else.
+bool forward(const Spec& spec, const Forward& args);
+bool evaluate(const Spec& spec, const Evaluate& args);
+bool backward(const Spec& spec, const Backward& args);
+
+// Number of statistics (sets) and of dimensions of the statistics for x; -1 where the spec does not fit x.
+// shape receives up to kMaxDims extents.
+int statistics_shape(const Spec& spec, const View& x, index_t* shape);
+
+// Threads for the calls of this process. 0 restores the default (OMP_NUM_THREADS, or every core).
+void set_num_threads(int threads);
+int get_num_threads();
+
+// Instruction sets compiled in and present on this machine, worst first, and the one in force. select_isa returns
+// false for one that is not available. The environment variable NORMKIT_ISA chooses at start-up.
+std::vector<std::string> available_isas();
+std::string current_isa();
+bool select_isa(const std::string& name);
+
+// For tests and bug reports. None of the choices changes a bit of any result.
+struct Choices {                   // -1: as the schedule sees fit; 0: no; 1: yes
+    int split = -1;                // share one set among several units of work
+    int resident = -1;             // moments and apply on one unit while it is in cache
+    int stream = -1;               // non-temporal stores
+    const char* isa = nullptr;     // a name of available_isas(), with static lifetime
+};
+struct Path {                      // what the last call of this thread did
+    const char* walk = "";
+    const char* isa = "";
+    int threads = 0;
+    bool split = false, resident = false, stream = false;
+};
+Choices& this_thread_choices();
+const Path& this_thread_last_path();
+
+}  // namespace normkit

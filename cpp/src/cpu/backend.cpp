@@ -1,0 +1,40 @@
+// The CPU behind the seam: schedule, walk, kernels of the instruction set in force, and the record of what was done.
+
+#include "walks.h"
+
+namespace normkit {
+namespace {
+
+thread_local Choices choices;
+thread_local Path last_path;
+
+}  // namespace
+
+Choices& this_thread_choices() { return choices; }
+const Path& this_thread_last_path() { return last_path; }
+
+namespace cpu {
+namespace {
+
+void record(const Plan& plan, const Schedule& s, const Isa& isa) {
+    last_path = {plan.walk == Walk::rows ? "rows" : "columns", isa.name, s.threads, s.split, s.resident, s.stream};
+}
+
+}  // namespace
+
+void forward(const Plan& plan, const ForwardCall& call) {
+    const Isa& isa = isa_in_force();
+    const Schedule schedule = make_schedule(plan, 1, call.y != nullptr, call.in_place);
+    (plan.walk == Walk::rows ? rows_forward<float> : columns_forward<float>)(plan, call, *isa.float32, schedule);
+    record(plan, schedule, isa);
+}
+
+void backward(const Plan& plan, const BackwardCall& call) {
+    const Isa& isa = isa_in_force();
+    const Schedule schedule = make_schedule(plan, 2, call.dx != nullptr, call.in_place);
+    (plan.walk == Walk::rows ? rows_backward<float> : columns_backward<float>)(plan, call, *isa.float32, schedule);
+    record(plan, schedule, isa);
+}
+
+}  // namespace cpu
+}  // namespace normkit

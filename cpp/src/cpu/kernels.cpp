@@ -1,0 +1,648 @@
+// The kernels, compiled once per instruction set: CMake defines NORMKIT_ISA_NAME. Read kernels.h first.
+//
+// Why the order of memory is as it is: along a row everything is contiguous, so a row is read front to back; down the
+// rows a chunk of a few vectors of lanes keeps its statistics and sums in registers while kRowsAtOnce rows go by.
+//
+// Same bits on every instruction set: sums run in kStep virtual lanes (along) or one lane each (down), partial vectors
+// select and never multiply, -ffp-contract=off, and no code depends on alignment except the choice of the store.
+
+#include "kernels.h"
+
+#include <type_traits>
+
+#include "simd.h"
+
+// `kernels_avx2_float32`, for NORMKIT_ISA_NAME = avx2.
+#define NORMKIT_JOIN(isa, dtype) kernels_##isa##_##dtype
+#define NORMKIT_EXPAND(isa, dtype) NORMKIT_JOIN(isa, dtype)
+#define NORMKIT_KERNELS(dtype) NORMKIT_EXPAND(NORMKIT_ISA_NAME, dtype)
+
+#define NK_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace {
+
+using normkit::index_t;
+using normkit::Moments;
+using normkit::cpu::In;
+using normkit::cpu::kDepth;
+using normkit::cpu::Kernels;
+using normkit::cpu::kLeafRows;
+using normkit::cpu::kStep;
+using normkit::cpu::Out;
+using normkit::cpu::Rows;
+using normkit::cpu::Statistics;
+using normkit::cpu::Sums;
+
+template <class T>
+NK_INLINE T value_at(const char* p) {
+    T v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// ---------------------------------------------------------------------------------------------------- along the lanes
+
+// Walks `rows` runs of `lanes` elements in steps of B::kLanes; each run starts again at virtual lane 0. After B::kSteps
+// steps the block's short sums go over to its long ones, so that no chain of additions in T is longer than kDepth.
+template <class B>
+NK_INLINE void for_steps(index_t rows, index_t lanes, B& block) {
+    index_t steps = 0;
+    for (index_t r = 0; r < rows; ++r) {
+        block.row(r);
+        index_t at = 0;
+        while (lanes - at >= B::kLanes) {
+            index_t todo = (lanes - at) / B::kLanes;
+            if (todo > B::kSteps - steps) todo = B::kSteps - steps;
+            steps += todo;
+            for (; todo > 0; --todo, at += B::kLanes) block.full(at);
+            if (steps == B::kSteps) {
+                block.flush();
+                steps = 0;
+            }
+        }
+        if (at < lanes) {
+            block.tail(at, static_cast<int>(lanes - at));
+            if (++steps == B::kSteps) {
+                block.flush();
+                steps = 0;
+            }
+        }
+    }
+    if (steps > 0) block.flush();
+}
+
+// Vector i of a step that has only `n` elements: whole, in part, or (n <= 0) not there.
+template <class T>
+NK_INLINE Vec<T> load_rest(const char* p, int n) {
+    return n >= kWidth<T> ? load<T>(p) : load_first<T>(p, n);
+}
+
+// The sum of x: with one sum there are registers for twice the virtual lanes, and the latency of an addition hides.
+template <class T>
+struct PilotBlock {
+    static constexpr index_t kLanes = 2 * kStep;
+    static constexpr index_t kSteps = kDepth / 2;
+    static constexpr int K = kLanes / kWidth<T>;
+    In x;
+    const char* p = nullptr;
+    Vec<T> sum[K] = {};
+    double total = 0;
+
+    NK_INLINE void row(index_t r) { p = x.at(r); }
+    NK_INLINE void full(index_t at) {
+#pragma GCC unroll 32
+        for (int i = 0; i < K; ++i) sum[i] += load<T>(p + (at + i * kWidth<T>)*sizeof(T));
+    }
+    NK_INLINE void tail(index_t at, int n) {
+#pragma GCC unroll 32
+        for (int i = 0; i < K; ++i, n -= kWidth<T>) {
+            if (n > 0) sum[i] += load_rest<T>(p + (at + i * kWidth<T>)*sizeof(T), n);
+        }
+    }
+    NK_INLINE void flush() {
+        total += sum_by_halves<T, K>(sum);
+#pragma GCC unroll 32
+        for (int i = 0; i < K; ++i) sum[i] = Vec<T>{};
+    }
+};
+
+// The sums of d = x - pilot and of d^2.
+template <class T, bool Center>
+struct DeviationBlock {
+    static constexpr index_t kLanes = kStep;
+    static constexpr index_t kSteps = kDepth;
+    static constexpr int K = kLanes / kWidth<T>;
+    In x;
+    Vec<T> pilot;
+    const char* p = nullptr;
+    Vec<T> sum[K] = {}, squares[K] = {};
+    double total = 0, total_squares = 0;
+
+    NK_INLINE void row(index_t r) { p = x.at(r); }
+    NK_INLINE void add(int i, Vec<T> d) {
+        if constexpr (Center) sum[i] += d;
+        squares[i] += d * d;
+    }
+    NK_INLINE void full(index_t at) {
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i) add(i, load<T>(p + (at + i * kWidth<T>)*sizeof(T)) - pilot);
+    }
+    NK_INLINE void tail(index_t at, int n) {
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i, n -= kWidth<T>) {
+            if (n <= 0) continue;
+            const Vec<T> d = load_rest<T>(p + (at + i * kWidth<T>)*sizeof(T), n) - pilot;
+            add(i, n >= kWidth<T> ? d : keep_first<T>(d, n));
+        }
+    }
+    NK_INLINE void flush() {
+        if constexpr (Center) total += sum_by_halves<T, K>(sum);
+        total_squares += sum_by_halves<T, K>(squares);
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i) sum[i] = squares[i] = Vec<T>{};
+    }
+};
+
+// d and d^2 are summed about a pilot mean within rounding of the mean: sum(d^2) - sum(d)^2 / n then cancels nothing
+// that matters, and for a constant leaf it is exactly 0.
+template <class T, bool Center>
+NK_INLINE Moments leaf_along(In x, index_t rows, index_t lanes) {
+    const double count = static_cast<double>(rows * lanes);
+    T pilot = 0;
+    if constexpr (Center) {
+        PilotBlock<T> block{x, {}, {}, 0};
+        for_steps(rows, lanes, block);
+        pilot = static_cast<T>(block.total / count);
+    }
+    DeviationBlock<T, Center> block{x, splat<T>(pilot), {}, {}, {}, 0, 0};
+    for_steps(rows, lanes, block);
+    Moments m;
+    m.count = count;
+    if constexpr (Center) {
+        const double mean_d = block.total / count;
+        const double m2 = block.total_squares - block.total * mean_d;
+        m.mean = pilot + mean_d;
+        m.m2 = m2 < 0 ? 0 : m2;
+    } else {
+        m.m2 = block.total_squares;
+    }
+    return m;
+}
+
+template <class T>
+void moments_along(In x, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center, Moments* out) {
+    for (index_t i = 0; i < leaves; ++i, x.p += leaf) {
+        out[i] = center ? leaf_along<T, true>(x, rows, lanes) : leaf_along<T, false>(x, rows, lanes);
+    }
+}
+
+template <class T, bool WLane>
+struct SumsBlock {
+    static constexpr index_t kLanes = kStep;
+    static constexpr index_t kSteps = kDepth;
+    static constexpr int K = kLanes / kWidth<T>;
+    In dy, x, w;
+    Vec<T> hi, lo, rstd, w_row;
+    const char *p_dy = nullptr, *p_x = nullptr, *p_w = nullptr;
+    Vec<T> sum[K] = {}, sum_xhat[K] = {};
+    Sums total;
+
+    NK_INLINE void row(index_t r) {
+        p_dy = dy.at(r);
+        p_x = x.at(r);
+        p_w = w.at(r);
+        if constexpr (!WLane) w_row = splat<T>(value_at<T>(p_w));
+    }
+    NK_INLINE void full(index_t at) {
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i) {
+            const index_t o = (at + i * kWidth<T>)*sizeof(T);
+            const Vec<T> g = load<T>(p_dy + o) * (WLane ? load<T>(p_w + o) : w_row);
+            const Vec<T> xhat = ((load<T>(p_x + o) - hi) - lo) * rstd;
+            sum[i] += g;
+            sum_xhat[i] += g * xhat;
+        }
+    }
+    NK_INLINE void tail(index_t at, int n) {
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i, n -= kWidth<T>) {
+            if (n <= 0) continue;
+            const index_t o = (at + i * kWidth<T>)*sizeof(T);
+            const Vec<T> g = load_rest<T>(p_dy + o, n) * (WLane ? load_rest<T>(p_w + o, n) : w_row);
+            const Vec<T> xhat = ((load_rest<T>(p_x + o, n) - hi) - lo) * rstd;
+            const Vec<T> g_xhat = g * xhat;
+            sum[i] += n >= kWidth<T> ? g : keep_first<T>(g, n);
+            sum_xhat[i] += n >= kWidth<T> ? g_xhat : keep_first<T>(g_xhat, n);
+        }
+    }
+    NK_INLINE void flush() {
+        total.g += sum_by_halves<T, K>(sum);
+        total.g_xhat += sum_by_halves<T, K>(sum_xhat);
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i) sum[i] = sum_xhat[i] = Vec<T>{};
+    }
+};
+
+template <class T, bool WLane>
+void sums_along(In dy, In x, In w, Statistics<T> s, index_t rows, index_t lanes, Sums* out) {
+    SumsBlock<T, WLane> block{dy, x, w, splat<T>(*s.hi), splat<T>(*s.lo), splat<T>(*s.rstd), {}, {}, {}, {}, {}, {}, {}};
+    for_steps(rows, lanes, block);
+    *out = block.total;
+}
+
+// Applies f to every vector of a row of `lanes` elements: f(offset in bytes, n), n < kWidth<T> for the last, part-filled
+// one. Where the stores are to be non-temporal, p is brought to a vector boundary first.
+template <class T, class F>
+NK_INLINE void for_vectors(index_t lanes, const char* aligned_for, F f) {
+    index_t at = 0;
+    if (aligned_for) {
+        const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(aligned_for) % kVectorBytes);
+        if (past) {
+            index_t head = (kVectorBytes - past) / static_cast<index_t>(sizeof(T));
+            if (head > lanes) head = lanes;
+            if (head > 0) f(0, static_cast<int>(head));
+            at = head;
+        }
+    }
+    for (; lanes - at >= kWidth<T>; at += kWidth<T>) f(at * static_cast<index_t>(sizeof(T)), kWidth<T>);
+    if (at < lanes) f(at * static_cast<index_t>(sizeof(T)), static_cast<int>(lanes - at));
+}
+
+// Non-temporal stores need elements that can reach a vector boundary at all.
+template <class T>
+NK_INLINE bool can_stream(Out y) {
+    return reinterpret_cast<std::uintptr_t>(y.p) % sizeof(T) == 0 && y.row % sizeof(T) == 0;
+}
+
+template <class T, bool Stream>
+NK_INLINE void put(char* p, Vec<T> v, int n) {
+    if (n < kWidth<T>) {
+        store_first<T>(p, v, n);
+    } else if constexpr (Stream) {
+        stream<T>(p, v);
+    } else {
+        store<T>(p, v);
+    }
+}
+
+template <class T, bool WLane, bool Stream>
+NK_INLINE void apply_along_rows(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes) {
+    for (index_t r = 0; r < rows; ++r) {
+        const char *px = x.at(r), *pw = w.at(r), *pb = b.at(r);
+        char* py = y.at(r);
+        const Vec<T> hi = splat<T>(s.hi[r * s.row]), lo = splat<T>(s.lo[r * s.row]);
+        const Vec<T> rstd = splat<T>(s.rstd[r * s.row]);
+        Vec<T> wr = {}, br = {};
+        if constexpr (!WLane) {
+            wr = splat<T>(value_at<T>(pw));
+            br = splat<T>(value_at<T>(pb));
+        }
+        for_vectors<T>(lanes, Stream ? py : nullptr, [=](index_t o, int n) NK_INLINE_LAMBDA {
+            const Vec<T> xhat = ((load_rest<T>(px + o, n) - hi) - lo) * rstd;
+            const Vec<T> wv = WLane ? load_rest<T>(pw + o, n) : wr;
+            const Vec<T> bv = WLane ? load_rest<T>(pb + o, n) : br;
+            put<T, Stream>(py + o, xhat * wv + bv, n);
+        });
+    }
+}
+
+template <class T, bool WLane>
+void apply_along(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes, bool stream) {
+    if (stream && can_stream<T>(y)) {
+        apply_along_rows<T, WLane, true>(x, y, w, b, s, rows, lanes);
+    } else {
+        apply_along_rows<T, WLane, false>(x, y, w, b, s, rows, lanes);
+    }
+}
+
+template <class T, bool WLane, bool Stream>
+NK_INLINE void dx_along_rows(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes) {
+    for (index_t r = 0; r < rows; ++r) {
+        const char *pdy = dy.at(r), *px = x.at(r), *pw = w.at(r);
+        char* pdx = dx.at(r);
+        const index_t i = r * s.row;
+        const Vec<T> hi = splat<T>(s.hi[i]), lo = splat<T>(s.lo[i]), rstd = splat<T>(s.rstd[i]);
+        const Vec<T> mean_g = splat<T>(s.mean_g[i]), mean_g_xhat = splat<T>(s.mean_g_xhat[i]);
+        Vec<T> wr = {};
+        if constexpr (!WLane) wr = splat<T>(value_at<T>(pw));
+        for_vectors<T>(lanes, Stream ? pdx : nullptr, [=](index_t o, int n) NK_INLINE_LAMBDA {
+            const Vec<T> xhat = ((load_rest<T>(px + o, n) - hi) - lo) * rstd;
+            const Vec<T> g = load_rest<T>(pdy + o, n) * (WLane ? load_rest<T>(pw + o, n) : wr);
+            put<T, Stream>(pdx + o, rstd * ((g - mean_g) - xhat * mean_g_xhat), n);
+        });
+    }
+}
+
+template <class T, bool WLane>
+void dx_along(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, bool stream) {
+    if (stream && can_stream<T>(dx)) {
+        dx_along_rows<T, WLane, true>(dy, x, w, dx, s, rows, lanes);
+    } else {
+        dx_along_rows<T, WLane, false>(dy, x, w, dx, s, rows, lanes);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------ down the rows
+
+// Vectors of lanes that one pass down the rows takes: a backward pass holds 8 values for each, and AVX2 has 16
+// registers, AVX-512 32.
+#if defined(__AVX512F__)
+constexpr int kChunk = 4;
+#else
+constexpr int kChunk = 2;
+#endif
+
+// Rows whose lanes are taken together before the next chunk of lanes: enough to pay for loading the statistics, few
+// enough that the rows are read and written as so many forward streams.
+constexpr index_t kRowsAtOnce = 8;
+
+// Calls f(first lane, vectors in the chunk as a constant, elements in its last vector).
+template <class T, class F>
+NK_INLINE void for_chunks(index_t lanes, F f) {
+    constexpr index_t width = kWidth<T>;
+    index_t at = 0;
+    for (; lanes - at >= kChunk * width; at += kChunk * width) {
+        f(at, std::integral_constant<int, kChunk>{}, static_cast<int>(width));
+    }
+    for (; lanes - at >= width; at += width) f(at, std::integral_constant<int, 1>{}, static_cast<int>(width));
+    if (at < lanes) f(at, std::integral_constant<int, 1>{}, static_cast<int>(lanes - at));
+}
+
+// Vector i of a chunk of V vectors; only the last may be part-filled.
+template <class T, int V>
+NK_INLINE Vec<T> load_chunk(const char* p, int i, int n) {
+    p += i * kVectorBytes;
+    return V > 1 ? load<T>(p) : load_rest<T>(p, n);
+}
+
+template <class T, int V>
+NK_INLINE void unload_chunk(T* out, const Vec<T> (&v)[V]) {
+    __builtin_memcpy(out, &v[0], sizeof v);
+}
+
+// One leaf of `rows` <= kLeafRows rows, V vectors of lanes: the moments about a pilot in T, merged in double.
+template <class T, bool Center, int V>
+NK_INLINE void leaf_down(In x, index_t rows, int n, double seen, double* mean, double* m2) {
+    const double count = static_cast<double>(rows);
+    Vec<T> pilot[V] = {};
+    if constexpr (Center) {
+        Vec<T> even[V] = {}, odd[V] = {};
+        index_t r = 0;
+        for (; r + 1 < rows; r += 2) {
+#pragma GCC unroll 4
+            for (int i = 0; i < V; ++i) {
+                even[i] += load_chunk<T, V>(x.at(r), i, n);
+                odd[i] += load_chunk<T, V>(x.at(r + 1), i, n);
+            }
+        }
+        const Vec<T> share = splat<T>(static_cast<T>(1 / count));
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
+            if (r < rows) even[i] += load_chunk<T, V>(x.at(r), i, n);
+            pilot[i] = (even[i] + odd[i]) * share;
+        }
+    }
+    Vec<T> sum[2][V] = {}, squares[2][V] = {};
+    index_t r = 0;
+    for (; r + 1 < rows; r += 2) {
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
+            const Vec<T> d0 = load_chunk<T, V>(x.at(r), i, n) - pilot[i];
+            const Vec<T> d1 = load_chunk<T, V>(x.at(r + 1), i, n) - pilot[i];
+            sum[0][i] += d0;
+            squares[0][i] += d0 * d0;
+            sum[1][i] += d1;
+            squares[1][i] += d1 * d1;
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+        if (r < rows) {
+            const Vec<T> d = load_chunk<T, V>(x.at(r), i, n) - pilot[i];
+            sum[0][i] += d;
+            squares[0][i] += d * d;
+        }
+        sum[0][i] += sum[1][i];
+        squares[0][i] += squares[1][i];
+    }
+
+    constexpr int kLanes = V * kWidth<T>;
+    T pilots[kLanes], sums[kLanes], all_squares[kLanes];
+    unload_chunk<T, V>(pilots, pilot);
+    unload_chunk<T, V>(sums, sum[0]);
+    unload_chunk<T, V>(all_squares, squares[0]);
+    const int lanes = V > 1 ? kLanes : n;
+    if constexpr (!Center) {
+        for (int i = 0; i < lanes; ++i) m2[i] += static_cast<double>(all_squares[i]);
+        return;
+    }
+    // Moments::merge, with the divisions of the counts taken out of the loop (all lanes have seen the same rows).
+    const double share = count / (seen + count);
+    const double weight = seen * share;
+    const auto merge = [&](int i, double mean_d) NK_INLINE_LAMBDA {
+        const double leaf_m2 = static_cast<double>(all_squares[i]) - static_cast<double>(sums[i]) * mean_d;
+        const double leaf_mean = static_cast<double>(pilots[i]) + mean_d;
+        const double delta = leaf_mean - mean[i];
+        mean[i] += delta * share;
+        m2[i] += (leaf_m2 < 0 ? 0 : leaf_m2) + delta * delta * weight;
+    };
+    if (rows == kLeafRows) {  // a power of two: multiplying is dividing, bit for bit
+        for (int i = 0; i < lanes; ++i) merge(i, static_cast<double>(sums[i]) * (1.0 / kLeafRows));
+    } else {
+        for (int i = 0; i < lanes; ++i) merge(i, static_cast<double>(sums[i]) / count);
+    }
+}
+
+template <class T>
+void moments_down(In x, index_t rows, index_t lanes, index_t seen, bool center, double* mean, double* m2) {
+    for (index_t r = 0; r < rows; r += kLeafRows) {
+        const index_t n_rows = rows - r < kLeafRows ? rows - r : kLeafRows;
+        const double before = static_cast<double>(seen + r);
+        for_chunks<T>(lanes, [=](index_t lane, auto v, int n) NK_INLINE_LAMBDA {
+            const In at{x.at(r) + lane * static_cast<index_t>(sizeof(T)), x.row};
+            if (center) {
+                leaf_down<T, true, v>(at, n_rows, n, before, mean + lane, m2 + lane);
+            } else {
+                leaf_down<T, false, v>(at, n_rows, n, before, mean + lane, m2 + lane);
+            }
+        });
+    }
+}
+
+template <class T, int V>
+NK_INLINE void load_lanes(Vec<T> (&v)[V], const T* p, int n) {
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) v[i] = load_chunk<T, V>(reinterpret_cast<const char*>(p), i, n);
+}
+
+template <class T, bool WLane, bool Stream, int V>
+NK_INLINE void apply_down_chunk(In x, Out y, In w, In b, Statistics<T> s, index_t rows, int n) {
+    Vec<T> hi[V], lo[V], rstd[V], wv[V], bv[V];
+    load_lanes<T, V>(hi, s.hi, n);
+    load_lanes<T, V>(lo, s.lo, n);
+    load_lanes<T, V>(rstd, s.rstd, n);
+    // One w for all rows (w.row = 0) stays in registers.
+    const bool fixed = WLane && w.row == 0 && b.row == 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+        wv[i] = WLane ? load_chunk<T, V>(w.p, i, n) : Vec<T>{};
+        bv[i] = WLane ? load_chunk<T, V>(b.p, i, n) : Vec<T>{};
+    }
+    for (index_t r = 0; r < rows; ++r) {
+        if (!fixed) {
+#pragma GCC unroll 4
+            for (int i = 0; i < V; ++i) {
+                wv[i] = WLane ? load_chunk<T, V>(w.at(r), i, n) : splat<T>(value_at<T>(w.at(r)));
+                bv[i] = WLane ? load_chunk<T, V>(b.at(r), i, n) : splat<T>(value_at<T>(b.at(r)));
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
+            const Vec<T> xhat = ((load_chunk<T, V>(x.at(r), i, n) - hi[i]) - lo[i]) * rstd[i];
+            put<T, Stream>(y.at(r) + i * kVectorBytes, xhat * wv[i] + bv[i], n);
+        }
+    }
+}
+
+template <class P>
+NK_INLINE Rows<P> shifted(Rows<P> t, index_t row, index_t bytes) {
+    return {t.p ? t.at(row) + bytes : t.p, t.row};
+}
+
+template <class T>
+NK_INLINE Statistics<T> shifted(Statistics<T> s, index_t by) {
+    const auto move = [by](const T* p) { return p ? p + by : p; };
+    return {move(s.hi), move(s.lo), move(s.rstd), move(s.mean_g), move(s.mean_g_xhat), s.row};
+}
+
+// Non-temporal stores down the rows need every row to start at a vector boundary.
+template <class T>
+NK_INLINE bool rows_aligned(Out y) {
+    return reinterpret_cast<std::uintptr_t>(y.p) % kVectorBytes == 0 && y.row % kVectorBytes == 0;
+}
+
+template <class T, bool WLane, bool Stream>
+NK_INLINE void apply_down_rows(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes) {
+    for (index_t r = 0; r < rows; r += kRowsAtOnce) {
+        const index_t n_rows = rows - r < kRowsAtOnce ? rows - r : kRowsAtOnce;
+        for_chunks<T>(lanes, [=](index_t lane, auto v, int n) NK_INLINE_LAMBDA {
+            const index_t o = lane * static_cast<index_t>(sizeof(T));
+            const index_t ow = WLane ? o : 0;
+            apply_down_chunk<T, WLane, Stream, v>(shifted(x, r, o), shifted(y, r, o), shifted(w, r, ow),
+                                                  shifted(b, r, ow), shifted(s, lane), n_rows, n);
+        });
+    }
+}
+
+template <class T, bool WLane>
+void apply_down(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes, bool stream) {
+    if (stream && rows_aligned<T>(y)) {
+        apply_down_rows<T, WLane, true>(x, y, w, b, s, rows, lanes);
+    } else {
+        apply_down_rows<T, WLane, false>(x, y, w, b, s, rows, lanes);
+    }
+}
+
+template <class T, bool SLane, bool WLane, bool Dx, bool Sum, bool Stream, int V>
+NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, int n, double* sum_g,
+                                   double* sum_g_xhat) {
+    Vec<T> hi[V], lo[V], rstd[V], mean_g[V], mean_g_xhat[V], wv[V];
+    Vec<T> sum[V] = {}, sum_xhat[V] = {};
+    if constexpr (SLane) {
+        load_lanes<T, V>(hi, s.hi, n);
+        load_lanes<T, V>(lo, s.lo, n);
+        load_lanes<T, V>(rstd, s.rstd, n);
+        if constexpr (Dx) {
+            load_lanes<T, V>(mean_g, s.mean_g, n);
+            load_lanes<T, V>(mean_g_xhat, s.mean_g_xhat, n);
+        }
+    }
+    const bool fixed = WLane && w.row == 0;
+    if constexpr (WLane) {
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) wv[i] = load_chunk<T, V>(w.p, i, n);
+    }
+    for (index_t r = 0; r < rows; ++r) {
+        if (!fixed) {
+#pragma GCC unroll 4
+            for (int i = 0; i < V; ++i) {
+                wv[i] = WLane ? load_chunk<T, V>(w.at(r), i, n) : splat<T>(value_at<T>(w.at(r)));
+            }
+        }
+        if constexpr (!SLane) {
+            const index_t k = r * s.row;
+#pragma GCC unroll 4
+            for (int i = 0; i < V; ++i) {
+                hi[i] = splat<T>(s.hi[k]);
+                lo[i] = splat<T>(s.lo[k]);
+                rstd[i] = splat<T>(s.rstd[k]);
+                if constexpr (Dx) {
+                    mean_g[i] = splat<T>(s.mean_g[k]);
+                    mean_g_xhat[i] = splat<T>(s.mean_g_xhat[k]);
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
+            const Vec<T> dyv = load_chunk<T, V>(dy.at(r), i, n);
+            const Vec<T> xhat = ((load_chunk<T, V>(x.at(r), i, n) - hi[i]) - lo[i]) * rstd[i];
+            const Vec<T> g = dyv * wv[i];
+            if constexpr (Dx) {
+                put<T, Stream>(dx.at(r) + i * kVectorBytes, rstd[i] * ((g - mean_g[i]) - xhat * mean_g_xhat[i]), n);
+            }
+            if constexpr (Sum) {
+                const Vec<T> term = Dx ? dyv : g;
+                sum[i] += term;
+                sum_xhat[i] += term * xhat;
+            }
+        }
+    }
+    if constexpr (Sum) {
+        constexpr int kLanes = V * kWidth<T>;
+        T sums[kLanes], sums_xhat[kLanes];
+        unload_chunk<T, V>(sums, sum);
+        unload_chunk<T, V>(sums_xhat, sum_xhat);
+        const int lanes = V > 1 ? kLanes : n;
+        for (int i = 0; i < lanes; ++i) {
+            sum_g[i] += static_cast<double>(sums[i]);
+            sum_g_xhat[i] += static_cast<double>(sums_xhat[i]);
+        }
+    }
+}
+
+template <class T, bool SLane, bool WLane, bool Dx, bool Sum, bool Stream>
+NK_INLINE void backward_down_rows(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes,
+                                  double* sum_g, double* sum_g_xhat) {
+    const index_t at_once = Sum ? rows : kRowsAtOnce;
+    for (index_t r = 0; r < rows; r += at_once) {
+        const index_t n_rows = rows - r < at_once ? rows - r : at_once;
+        for_chunks<T>(lanes, [=](index_t lane, auto v, int n) NK_INLINE_LAMBDA {
+            const index_t o = lane * static_cast<index_t>(sizeof(T));
+            backward_down_chunk<T, SLane, WLane, Dx, Sum, Stream, v>(
+                shifted(dy, r, o), shifted(x, r, o), shifted(w, r, WLane ? o : 0), shifted(dx, r, o),
+                shifted(s, SLane ? lane : r * s.row), n_rows, n, sum_g + lane, sum_g_xhat + lane);
+        });
+    }
+}
+
+template <class T, bool SLane, bool WLane>
+void backward_down(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, double* sum_g,
+                   double* sum_g_xhat, bool stream) {
+    const bool streamed = stream && rows_aligned<T>(dx);
+    if (!dx.p) {
+        backward_down_rows<T, SLane, WLane, false, true, false>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
+    } else if (!sum_g) {
+        if (streamed) {
+            backward_down_rows<T, SLane, WLane, true, false, true>(dy, x, w, dx, s, rows, lanes, nullptr, nullptr);
+        } else {
+            backward_down_rows<T, SLane, WLane, true, false, false>(dy, x, w, dx, s, rows, lanes, nullptr, nullptr);
+        }
+    } else if (streamed) {
+        backward_down_rows<T, SLane, WLane, true, true, true>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
+    } else {
+        backward_down_rows<T, SLane, WLane, true, true, false>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
+    }
+}
+
+template <class T>
+constexpr Kernels<T> table() {
+    return {
+        moments_along<T>,
+        moments_down<T>,
+        {apply_along<T, false>, apply_along<T, true>},
+        {apply_down<T, false>, apply_down<T, true>},
+        {sums_along<T, false>, sums_along<T, true>},
+        {dx_along<T, false>, dx_along<T, true>},
+        {{backward_down<T, false, false>, backward_down<T, false, true>},
+         {backward_down<T, true, false>, backward_down<T, true, true>}},
+    };
+}
+
+}  // namespace
+
+namespace normkit::cpu {
+
+extern const Kernels<float> NORMKIT_KERNELS(float32);
+const Kernels<float> NORMKIT_KERNELS(float32) = table<float>();
+
+}  // namespace normkit::cpu

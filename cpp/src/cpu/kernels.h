@@ -1,0 +1,92 @@
+// The table of kernels: what one instruction set and one dtype offer to the walks. A kernel works on a tile, a
+// rectangle of rows x lanes whose lanes are contiguous in memory, and knows nothing of norms, axes or threads.
+//
+//   along   the lanes of a row belong to one set   (rows walk: sums run along the lanes)
+//   down    neighbouring lanes are different sets  (columns walk: sums run down the rows)
+//
+// A call covers a tile of thousands of elements, so that going through a function pointer costs nothing.
+#pragma once
+
+#include "normkit/normkit.h"
+
+namespace normkit::cpu {
+
+// The shape of every reduction, the same for every instruction set (cpp/README.md, "Same bits"; measured reasons in
+// docs/decisions/0001-reductions.md).
+constexpr index_t kStep = 32;                  // virtual lanes of a float reduction along a row
+constexpr index_t kDepth = 16;                 // additions in the data's dtype before a sum goes over to double
+constexpr index_t kLeafSteps = 64;             // a leaf along a row: at most 64 steps, 2,048 elements
+constexpr index_t kLeafLanes = kStep * kLeafSteps;
+constexpr index_t kLeafRows = 2 * kDepth;      // a leaf of moments down the rows: two chains
+constexpr index_t kSumRows = kDepth;           // a leaf of backward sums down the rows: one chain
+
+// A pair of backward sums: of g and of g * xhat.
+struct Sums {
+    double g = 0;
+    double g_xhat = 0;
+};
+
+// Rows of bytes with a fixed distance. Lanes are contiguous.
+template <class P>
+struct Rows {
+    P p = nullptr;
+    index_t row = 0;  // bytes from one row to the next
+
+    P at(index_t r) const { return p + r * row; }
+};
+using In = Rows<const char*>;
+using Out = Rows<char*>;
+
+// What the formula needs to know of each set, in the data's dtype: x is centred as (x - hi) - lo, because a mean
+// rounded to one T costs |mean| / std half-ulps (docs/decisions/0001-reductions.md). In `along` kernels one entry a row
+// (`row` elements apart: 0 when all rows are of one set), in `down` kernels one entry a lane or one a row.
+template <class T>
+struct Statistics {
+    const T* hi = nullptr;
+    const T* lo = nullptr;
+    const T* rstd = nullptr;
+    const T* mean_g = nullptr;       // backward: mean of g over the set
+    const T* mean_g_xhat = nullptr;  // backward: mean of g * xhat over the set
+    index_t row = 0;
+};
+
+template <class T>
+struct Kernels {
+    // Moments of `leaves` leaves, each `rows` runs of `lanes` contiguous elements; `leaf` bytes between leaves.
+    // center = false: moments about zero. Preconditions: 1 <= rows * ceil(lanes / kStep) <= kLeafSteps.
+    void (*moments_along)(In x, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center, Moments* out);
+
+    // Adds `rows` rows to the moments of each lane, which have seen `seen` rows so far. `rows` may be any number, but
+    // only the last call for a lane may bring one that is not a multiple of kLeafRows.
+    void (*moments_down)(In x, index_t rows, index_t lanes, index_t seen, bool center, double* mean, double* m2);
+
+    // y = ((x - hi) - lo) * rstd * w + b. Index 0: w, b are one value a row; 1: one a lane.
+    // stream: non-temporal stores.
+    void (*apply_along[2])(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes, bool stream);
+    void (*apply_down[2])(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes, bool stream);
+
+    // Sums of g = w * dy and g * xhat over one leaf. Index as above.
+    // Preconditions as for moments_along.
+    void (*sums_along[2])(In dy, In x, In w, Statistics<T> s, index_t rows, index_t lanes, Sums* out);
+
+    // dx = rstd * (w * dy - mean_g - xhat * mean_g_xhat).
+    void (*dx_along[2])(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, bool stream);
+
+    // Down the rows: dx, or the sums of each lane, or both in one reading. First index: statistics are one entry a row
+    // (0) or a lane (1); second: w likewise. Sums alone (dx.p null) are of g = w * dy, as the mean over S wants; beside
+    // dx they are of dy, as the gradient of w wants. They are added to sum_g, sum_g_xhat (null: no sums).
+    // Precondition for sums: rows <= kSumRows.
+    void (*backward_down[2][2])(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, double* sum_g,
+                                double* sum_g_xhat, bool stream);
+};
+
+// One row of the list of instruction sets (isa.cpp).
+struct Isa {
+    const char* name;
+    bool (*available)();
+    const Kernels<float>* float32;
+};
+
+const Isa& isa_in_force();
+
+}  // namespace normkit::cpu

@@ -1,0 +1,63 @@
+#include "parallel.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <thread>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace normkit {
+namespace {
+
+std::atomic<int> chosen_threads{0};
+
+// Non-temporal stores are weakly ordered: they must be visible before another thread is told that the work is done.
+void finish_stores() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+int default_threads() {
+#if defined(_OPENMP)
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+}  // namespace
+
+void set_num_threads(int threads) { chosen_threads = threads > 0 ? threads : 0; }
+
+int get_num_threads() {
+    const int threads = chosen_threads;
+    return threads > 0 ? threads : default_threads();
+}
+
+namespace cpu {
+
+void run_pieces(index_t pieces, int threads, Piece piece, const void* context) {
+#if defined(_OPENMP)
+    if (threads > pieces) threads = static_cast<int>(pieces);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (index_t i = 0; i < pieces; ++i) piece(context, i);
+        finish_stores();
+    }
+#else
+    (void)threads;
+    for (index_t i = 0; i < pieces; ++i) piece(context, i);
+    finish_stores();
+#endif
+}
+
+}  // namespace cpu
+}  // namespace normkit

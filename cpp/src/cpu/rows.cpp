@@ -1,0 +1,561 @@
+// The rows walk: a set is made of contiguous runs (layer, rms; batch, instance, group in NCHW).
+//
+// A set is a row of leaves: pieces of a run, or several short runs. Moments and backward sums are taken leaf by leaf and
+// merged in the order of the leaves, whoever computed them. Then y (or dx) is written, element by element.
+
+#include <cstring>
+
+#include "walks.h"
+
+namespace normkit::cpu {
+namespace {
+
+constexpr unsigned kForwardOperands = bit(kX) | bit(kY) | bit(kWeight) | bit(kBias);
+constexpr unsigned kBackwardOperands = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kGradient);
+
+Nest joined(const Nest& outer, const Nest& inner) {
+    Nest all = outer;
+    for (int i = 0; i < inner.n; ++i) all.push(inner.axis[i]);
+    return all;
+}
+
+// One operand as the leaves of a set see it: rows of contiguous (or strided) elements where that is what memory holds,
+// else gathered.
+template <class T>
+class LeafReader {
+   public:
+    LeafReader(const Nest& runs, const Nest& run, Operand operand)
+        : operand_(operand), runs_(collapse(runs, bit(operand))), run_(collapse(run, bit(operand))) {}
+
+    Strided operator()(const char* set, const Leaves::Leaf& leaf, T* buffer) const {
+        if (run_.n == 1 && (leaf.rows == 1 || runs_.n == 1)) {
+            const index_t lane = run_.inner().stride[operand_];
+            return {set + runs_.offset(operand_, leaf.first_run) + leaf.lane * lane, runs_.inner().stride[operand_],
+                    lane};
+        }
+        T* to = buffer;
+        for (index_t r = 0; r < leaf.rows; ++r) {
+            const char* p = set + runs_.offset(operand_, leaf.first_run + r);
+            for (index_t at = leaf.lane, left = leaf.lanes; left > 0;) {
+                const Axis& inner = run_.inner();
+                index_t n = inner.extent - at % inner.extent;
+                if (n > left) n = left;
+                gather<T>({p + run_.offset(operand_, at), 0, inner.stride[operand_]}, 1, n, to);
+                to += n;
+                at += n;
+                left -= n;
+            }
+        }
+        return {reinterpret_cast<const char*>(buffer), leaf.lanes * static_cast<index_t>(sizeof(T)), sizeof(T)};
+    }
+
+    bool one_row() const { return run_.n == 1 && runs_.size() == 1; }
+
+   private:
+    Operand operand_;
+    Nest runs_, run_;
+};
+
+// Cuts the sets into pieces of work of about kPieceBytes each.
+struct SetPieces {
+    index_t sets, per;
+    SetPieces(const Plan& plan, index_t element, int threads) : sets(plan.sets) {
+        const index_t bytes = plan.set_size * element;
+        per = bytes > 0 ? kPieceBytes / bytes : 1;
+        const index_t fair = sets / (4 * threads);
+        if (per > fair) per = fair;
+        if (per < 1) per = 1;
+    }
+    index_t count() const { return (sets + per - 1) / per; }
+    index_t first(index_t i) const { return i * per; }
+    index_t last(index_t i) const { return first(i) + per < sets ? first(i) + per : sets; }
+};
+
+// How many pieces a set is cut into when it is split.
+index_t pieces_per_set(const Plan& plan, index_t most, const Schedule& schedule) {
+    if (!schedule.split) return 1;
+    const index_t wanted = (8 * schedule.threads + plan.sets - 1) / plan.sets;
+    return wanted < most ? wanted : most;
+}
+
+// ------------------------------------------------------------------------------------------------------------ forward
+
+template <class T>
+class RowsForward {
+   public:
+    RowsForward(const Plan& plan, const ForwardCall& call, const Kernels<T>& kernels, const Schedule& schedule)
+        : plan_(plan),
+          call_(call),
+          k_(kernels),
+          schedule_(schedule),
+          leaves_(plan.runs.size(), plan.run.size()),
+          read_x_(plan.runs, plan.run, kX),
+          set_(joined(plan.runs, plan.run)),
+          elements_(collapse(set_, kForwardOperands)) {}
+
+    void run() {
+        if (schedule_.resident && !schedule_.split) {
+            const SetPieces pieces(plan_, sizeof(T), schedule_.threads);
+            parallel_for(pieces.count(), schedule_.threads,
+                         [&](index_t i) { whole_sets(pieces.first(i), pieces.last(i)); });
+        } else {
+            two_sweeps();
+        }
+    }
+
+   private:
+    // Moments, then apply, a few sets at a time so that they are still in L1 where they are small.
+    void whole_sets(index_t first, index_t last) const {
+        T storage[SetStatistics<T>::kArrays * kSetsAtOnce];
+        SetStatistics<T> statistics(storage, kSetsAtOnce);
+        Moments moments[kSetsAtOnce];
+        index_t at_once = kL1Bytes / (plan_.set_size * static_cast<index_t>(sizeof(T)));
+        at_once = at_once < 1 ? 1 : at_once > kSetsAtOnce ? kSetsAtOnce : at_once;
+        for (index_t set = first; set < last; set += at_once) {
+            const index_t n = last - set < at_once ? last - set : at_once;
+            if (call_.given) {
+                for (index_t i = 0; i < n; ++i) put_given(set + i, i, statistics);
+            } else {
+                moments_of(set, n, moments);
+                for (index_t i = 0; i < n; ++i) finish(set + i, moments[i], i, statistics);
+            }
+            if (call_.y) apply_sets(set, n, statistics, 0);
+        }
+    }
+
+    // For sets that are shared: all leaves, then each set's merge, then all elements.
+    void two_sweeps() const {
+        const index_t leaves = leaves_.count();
+        const index_t leaf_pieces = pieces_per_set(plan_, leaves, schedule_);
+        const Buffer<Moments> moments(call_.given ? 0 : plan_.sets * leaves);
+        const Buffer<T> storage(plan_.sets * SetStatistics<T>::kArrays);
+        SetStatistics<T> statistics(storage.get(), plan_.sets);
+        if (!call_.given) {
+            parallel_for(plan_.sets * leaf_pieces, schedule_.threads, [&](index_t i) {
+                const index_t set = i / leaf_pieces, piece = i % leaf_pieces;
+                const char* x = call_.x + plan_.kept.offset(kX, set);
+                for (index_t l = leaves * piece / leaf_pieces; l < leaves * (piece + 1) / leaf_pieces; ++l) {
+                    moments[set * leaves + l] = leaf(x, l);
+                }
+            });
+        }
+        for (index_t set = 0; set < plan_.sets; ++set) {
+            if (call_.given) {
+                put_given(set, set, statistics);
+                continue;
+            }
+            Moments m = moments[set * leaves];
+            for (index_t l = 1; l < leaves; ++l) m.merge(moments[set * leaves + l]);
+            finish(set, m, set, statistics);
+        }
+        if (!call_.y) return;
+        const index_t share = plan_.set_size / pieces_per_set(plan_, plan_.set_size / kStep + 1, schedule_) + 1;
+        const Tiles tiles(elements_, share);
+        parallel_for(plan_.sets * tiles.count(), schedule_.threads, [&](index_t i) {
+            const index_t set = i / tiles.count();
+            apply_tile(plan_.kept.offsets(set), tiles, tiles[i % tiles.count()], statistics.tile(set, 0, 0, 1));
+        });
+    }
+
+    Moments leaf(const char* x, index_t l) const {
+        T buffer[kLeafLanes];
+        const Leaves::Leaf piece = leaves_[l];
+        Moments m;
+        moments_along(k_, read_x_(x, piece, buffer), piece.rows, piece.lanes, 0, 1, plan_.center, &m);
+        return m;
+    }
+
+    void moments_of(index_t set, index_t n, Moments* out) const {
+        const Axis kept = plan_.kept.n > 0 ? plan_.kept.inner() : Axis{};
+        if (leaves_.count() == 1 && read_x_.one_row() && set % kept.extent + n <= kept.extent) {
+            // Small rows: one call of the kernel for all of them.
+            const Leaves::Leaf row = leaves_[0];
+            const Strided x = read_x_(call_.x + plan_.kept.offset(kX, set), row, nullptr);
+            moments_along(k_, x, 1, row.lanes, kept.stride[kX], n, plan_.center, out);
+            return;
+        }
+        for (index_t i = 0; i < n; ++i) {
+            const char* x = call_.x + plan_.kept.offset(kX, set + i);
+            out[i] = leaf(x, 0);
+            for (index_t l = 1; l < leaves_.count(); ++l) out[i].merge(leaf(x, l));
+        }
+    }
+
+    // Statistics of a set from its moments: to the caller's arrays and, as number `slot`, to the kernels'.
+    void finish(index_t set, Moments m, index_t slot, SetStatistics<T>& statistics) const {
+        if (is_doubtful(m, call_.eps)) {
+            m = moments_in_double<T>(set_, call_.x + plan_.kept.offset(kX, set), plan_.center);
+        }
+        const double rstd = rstd_of(m, call_.eps);
+        write_statistics(call_, plan_.kept.offset(kStatistic, set), m, rstd);
+        statistics.put(slot, m.mean, rstd);
+    }
+
+    void put_given(index_t set, index_t slot, SetStatistics<T>& statistics) const {
+        const index_t i = plan_.kept.offset(kStatistic, set);
+        statistics.put(slot, call_.mean[i], call_.rstd[i]);
+    }
+
+    void apply_sets(index_t set, index_t n, const SetStatistics<T>& statistics, index_t slot) const {
+        if (elements_.n == 1 && n > 1) {
+            // A set is one row: rows of neighbouring sets make a tile.
+            const Axis kept = plan_.kept.inner();
+            while (n > 0) {
+                index_t rows = kept.extent - set % kept.extent;
+                if (rows > n) rows = n;
+                Nest two;
+                two.push(kept);
+                two.push(elements_.inner());
+                const Tiles tile(two, 0);
+                apply_tile(plan_.kept.offsets(set), tile, {Offsets{}, rows, elements_.inner().extent},
+                           statistics.tile(slot, 1, 0, rows));
+                set += rows;
+                slot += rows;
+                n -= rows;
+            }
+            return;
+        }
+        const Tiles tiles(elements_, 0);
+        for (index_t i = 0; i < n; ++i) {
+            const Offsets at = plan_.kept.offsets(set + i);
+            const TileStatistics<T> s = statistics.tile(slot + i, 0, 0, 1);
+            for (index_t t = 0; t < tiles.count(); ++t) apply_tile(at, tiles, tiles[t], s);
+        }
+    }
+
+    void apply_tile(const Offsets& set, const Tiles& tiles, const Tiles::Tile& tile, const TileStatistics<T>& s) const {
+        const Offsets at = set + tile.at;
+        apply(k_.apply_along, operand(call_.x, at, tiles, kX), operand(call_.y, at, tiles, kY),
+              call_.weight ? operand(call_.weight, at, tiles, kWeight) : one<T>(),
+              call_.bias ? operand(call_.bias, at, tiles, kBias) : zero<T>(), s, tile.rows, tile.lanes,
+              schedule_.stream);
+    }
+
+    const Plan& plan_;
+    const ForwardCall& call_;
+    const Kernels<T>& k_;
+    const Schedule schedule_;
+    const Leaves leaves_;
+    const LeafReader<T> read_x_;
+    const Nest set_, elements_;
+};
+
+// ----------------------------------------------------------------------------------------------------------- backward
+
+// The axes of a set by what they are to the parameters. A cell is where a set and the elements that share one parameter
+// meet. Where the innermost axis carries parameters (layer, rms) a cell is a single element: `by_element`.
+struct Cells {
+    Nest index;        // from cell to cell of a set
+    Nest runs, run;    // within a cell
+    bool by_element;
+
+    explicit Cells(const Plan& plan) {
+        by_element = plan.run.n > 0 && plan.run.inner().stride[kGradient] != 0;
+        int run_begin = plan.run.n;
+        while (run_begin > 0 && plan.run.axis[run_begin - 1].stride[kGradient] == 0) --run_begin;
+        for (const Nest* nest : {&plan.runs, &plan.run}) {
+            for (int i = 0; i < nest->n; ++i) {
+                const Axis& a = nest->axis[i];
+                if (a.stride[kGradient] != 0) {
+                    index.push(a);
+                } else if (nest == &plan.run && i >= run_begin) {
+                    run.push(a);
+                } else {
+                    runs.push(a);
+                }
+            }
+        }
+    }
+};
+
+template <class T>
+class RowsBackward {
+   public:
+    RowsBackward(const Plan& plan, const BackwardCall& call, const Kernels<T>& kernels, const Schedule& schedule)
+        : plan_(plan),
+          call_(call),
+          k_(kernels),
+          schedule_(schedule),
+          cells_(plan),
+          index_(cells_.by_element ? Nest{} : cells_.index),
+          runs_(cells_.by_element ? plan.runs : cells_.runs),
+          run_(cells_.by_element ? plan.run : cells_.run),
+          leaves_(runs_.size(), run_.size()),
+          read_dy_(runs_, run_, kDy),
+          read_x_(runs_, run_, kX),
+          read_w_(runs_, run_, kWeight),
+          elements_(collapse(joined(plan.runs, plan.run), kBackwardOperands)),
+          storage_(plan.sets * SetStatistics<T>::kArrays),
+          statistics_(storage_.get(), plan.sets) {}
+
+    void run() {
+        if (cells_.by_element) {
+            by_element();
+        } else {
+            by_cell();
+        }
+    }
+
+   private:
+    bool wants_set_sums() const { return call_.dx && !call_.constant_statistics; }
+
+    void load_statistics(index_t set) {
+        const index_t i = plan_.kept.offset(kStatistic, set);
+        statistics_.put(set, call_.mean ? call_.mean[i] : 0, call_.rstd[i]);
+    }
+
+    // Sums over leaf l of cell `at`, of dy in cells (their weight comes later), of g = w * dy elsewhere.
+    Sums leaf(const Offsets& at, index_t l, const TileStatistics<T>& s) const {
+        T dy[kLeafLanes], x[kLeafLanes], w[kLeafLanes];
+        const Leaves::Leaf piece = leaves_[l];
+        const bool weighted = cells_.by_element && call_.weight;
+        return sums_along(k_, read_dy_(call_.dy + at[kDy], piece, dy), read_x_(call_.x + at[kX], piece, x),
+                          weighted ? read_w_(call_.weight + at[kWeight], piece, w) : one<T>(), s, piece.rows,
+                          piece.lanes);
+    }
+
+    // From the sums of a set's cells (of all leaves of it, where by element) to what dx needs.
+    void finish(index_t set, const Sums* cells) {
+        if (!wants_set_sums()) return;
+        const Offsets at = plan_.kept.offsets(set);
+        Sums sums;
+        for (index_t c = 0; c < index_.size(); ++c) {
+            double w = 1;
+            if (!cells_.by_element && call_.weight) {
+                T value;
+                std::memcpy(&value, call_.weight + at[kWeight] + index_.offset(kWeight, c), sizeof value);
+                w = value;
+            }
+            sums.g += w * cells[c].g;
+            sums.g_xhat += w * cells[c].g_xhat;
+        }
+        const double count = static_cast<double>(plan_.set_size);
+        statistics_.put_sums(set, plan_.center ? sums.g / count : 0, sums.g_xhat / count);
+    }
+
+    Sums cell(index_t set, index_t c) const {
+        const TileStatistics<T> s = statistics_.tile(set, 0, 0, 1);
+        const Offsets at = plan_.kept.offsets(set) + index_.offsets(c);
+        Sums sums = leaf(at, 0, s);
+        for (index_t l = 1; l < leaves_.count(); ++l) {
+            const Sums more = leaf(at, l, s);
+            sums.g += more.g;
+            sums.g_xhat += more.g_xhat;
+        }
+        return sums;
+    }
+
+    // Batch, instance, group: the sums of the cells serve both the sets and the parameters.
+    void by_cell() {
+        const index_t per_set = index_.size();
+        const Buffer<Sums> sums(plan_.sets * per_set);
+        const bool wants_sums = wants_set_sums() || call_.dweight;
+        if (schedule_.resident && !schedule_.split) {
+            const SetPieces pieces(plan_, 2 * sizeof(T), schedule_.threads);
+            parallel_for(pieces.count(), schedule_.threads, [&](index_t i) {
+                for (index_t set = pieces.first(i); set < pieces.last(i); ++set) {
+                    load_statistics(set);
+                    if (wants_sums) {
+                        for (index_t c = 0; c < per_set; ++c) sums[set * per_set + c] = cell(set, c);
+                        finish(set, &sums[set * per_set]);
+                    }
+                    if (call_.dx) dx_set(set);
+                }
+            });
+        } else {
+            two_sweeps(sums, wants_sums);
+        }
+        if (!call_.dweight) return;
+        for (index_t set = 0; set < plan_.sets; ++set) {
+            const index_t at = plan_.kept.offset(kGradient, set);
+            for (index_t c = 0; c < per_set; ++c) {
+                const index_t p = at + index_.offset(kGradient, c);
+                call_.dweight[p] += sums[set * per_set + c].g_xhat;
+                call_.dbias[p] += sums[set * per_set + c].g;
+            }
+        }
+    }
+
+    // All leaves of all cells, then the sets' means; then dx, tile by tile.
+    void two_sweeps(const Buffer<Sums>& sums, bool wants_sums) {
+        for (index_t set = 0; set < plan_.sets; ++set) load_statistics(set);
+        if (wants_sums) sweep_sums(sums);
+        if (!call_.dx) return;
+        const index_t share = plan_.set_size / pieces_per_set(plan_, plan_.set_size / kStep + 1, schedule_) + 1;
+        const Tiles tiles(elements_, share);
+        parallel_for(plan_.sets * tiles.count(), schedule_.threads, [&](index_t i) {
+            const index_t set = i / tiles.count();
+            dx_tile(plan_.kept.offsets(set), tiles, tiles[i % tiles.count()], statistics_.tile(set, 0, 0, 1));
+        });
+    }
+
+    void sweep_sums(const Buffer<Sums>& sums) {
+        const index_t per_set = index_.size(), leaves = leaves_.count(), all = per_set * leaves;
+        const Buffer<Sums> parts(plan_.sets * all);
+        const index_t pieces = pieces_per_set(plan_, all, schedule_);
+        parallel_for(plan_.sets * pieces, schedule_.threads, [&](index_t i) {
+            const index_t set = i / pieces, piece = i % pieces;
+            const TileStatistics<T> s = statistics_.tile(set, 0, 0, 1);
+            const Offsets at = plan_.kept.offsets(set);
+            for (index_t l = all * piece / pieces; l < all * (piece + 1) / pieces; ++l) {
+                parts[set * all + l] = leaf(at + index_.offsets(l / leaves), l % leaves, s);
+            }
+        });
+        for (index_t set = 0; set < plan_.sets; ++set) {
+            for (index_t c = 0; c < per_set; ++c) {
+                const Sums* part = &parts[set * all + c * leaves];
+                Sums total = part[0];
+                for (index_t l = 1; l < leaves; ++l) {
+                    total.g += part[l].g;
+                    total.g_xhat += part[l].g_xhat;
+                }
+                sums[set * per_set + c] = total;
+            }
+            finish(set, &sums[set * per_set]);
+        }
+    }
+
+    void dx_set(index_t set) const {
+        const Tiles tiles(elements_, 0);
+        const Offsets at = plan_.kept.offsets(set);
+        const TileStatistics<T> s = statistics_.tile(set, 0, 0, 1);
+        for (index_t t = 0; t < tiles.count(); ++t) dx_tile(at, tiles, tiles[t], s);
+    }
+
+    void dx_tile(const Offsets& set, const Tiles& tiles, const Tiles::Tile& tile, const TileStatistics<T>& s) const {
+        write_dx(k_, call_, set + tile.at, tiles, tile.rows, tile.lanes, s, nullptr, nullptr, schedule_.stream);
+    }
+
+    // Layer, rms: dx and the gradients of the parameters in one reading, down kSumRows rows at a time. The rows that
+    // share a parameter are summed in blocks that depend on their number only; a block's sums are in double.
+    void by_element() {
+        // All axes in order, by what they are to the parameters: rows add up to one parameter, lanes and `others` don't.
+        Nest rows, others;
+        const Nest run = collapse(plan_.run, kBackwardOperands);
+        for (const Nest& nest : {plan_.kept, plan_.runs, run.without_inner()}) {
+            for (int i = 0; i < nest.n; ++i) (nest.axis[i].stride[kGradient] != 0 ? others : rows).push(nest.axis[i]);
+        }
+        const Axis lanes = run.inner();
+        bool rows_are_sets = true;
+        for (int i = 0; i < rows.n; ++i) rows_are_sets = rows_are_sets && !rows.axis[i].reduced;
+        for (int i = 0; i < others.n; ++i) rows_are_sets = rows_are_sets && others.axis[i].reduced;
+        rows = collapse(rows, kBackwardOperands | bit(kSet) | bit(kStatistic));
+
+        const RowBlocks blocks(rows.size(), kSumRows, kSumRows);
+        const index_t other = others.size();
+        const index_t width = other * lanes.extent;
+        const Buffer<double> sums(call_.dweight ? 2 * blocks.count() * width : 0);
+        const bool one_reading = rows_are_sets && blocks.count() >= schedule_.threads && !schedule_.split &&
+                                 schedule_.resident;
+        if (!one_reading) all_set_sums();
+        // Few blocks: their lanes are shared too.
+        const index_t lane_pieces = one_reading ? 1 : lane_pieces_for(blocks.count() * other, lanes.extent);
+        const index_t lanes_per = ((lanes.extent + lane_pieces - 1) / lane_pieces + 63) / 64 * 64;
+
+        parallel_for(blocks.count() * lane_pieces, schedule_.threads, [&](index_t i) {
+            const index_t block = i / lane_pieces, lane = i % lane_pieces * lanes_per;
+            const index_t n_lanes = lanes.extent - lane < lanes_per ? lanes.extent - lane : lanes_per;
+            if (n_lanes <= 0) return;
+            double *sum_g = nullptr, *sum_g_xhat = nullptr;
+            if (call_.dweight) {
+                sum_g = &sums[2 * block * width + lane];
+                sum_g_xhat = sum_g + width;
+                for (index_t o = 0; o < other; ++o) {
+                    for (index_t l = 0; l < n_lanes; ++l) {
+                        sum_g[o * lanes.extent + l] = sum_g_xhat[o * lanes.extent + l] = 0;
+                    }
+                }
+            }
+            const index_t last = blocks.first(block) + blocks.size(block);
+            for (index_t r = blocks.first(block); r < last;) {
+                const Axis& inner = rows.inner();
+                index_t n = inner.extent - r % inner.extent;
+                if (n > kSumRows) n = kSumRows;
+                if (n > last - r) n = last - r;
+                const Offsets row = rows.offsets(r);
+                if (one_reading) {
+                    for (index_t j = 0; j < n; ++j) set_sums(row[kSet] + j * inner.stride[kSet]);
+                }
+                Nest two;
+                two.push(inner);
+                two.push(lanes);
+                const Tiles tile(two, 0);
+                for (index_t o = 0; o < other; ++o) {
+                    Offsets at = row + others.offsets(o);
+                    for (int k = 0; k < kOperands; ++k) at.at[k] += lane * lanes.stride[k];
+                    const TileStatistics<T> s = statistics_.tile(at[kSet], inner.stride[kSet], 0, n);
+                    write_dx(k_, call_, at, tile, n, n_lanes, s, sum_g ? sum_g + o * lanes.extent : nullptr,
+                             sum_g ? sum_g_xhat + o * lanes.extent : nullptr, schedule_.stream);
+                }
+                r += n;
+            }
+        });
+        if (!call_.dweight) return;
+        for (index_t o = 0; o < other; ++o) {
+            const index_t at = others.offset(kGradient, o);
+            for (index_t block = 0; block < blocks.count(); ++block) {
+                const double* sum_g = &sums[2 * block * width + o * lanes.extent];
+                for (index_t l = 0; l < lanes.extent; ++l) {
+                    call_.dbias[at + l * lanes.stride[kGradient]] += sum_g[l];
+                    call_.dweight[at + l * lanes.stride[kGradient]] += sum_g[width + l];
+                }
+            }
+        }
+    }
+
+    index_t lane_pieces_for(index_t pieces, index_t lanes) const {
+        if (schedule_.threads == 1 || pieces >= 4 * schedule_.threads) return 1;
+        const index_t wanted = (4 * schedule_.threads + pieces - 1) / pieces;
+        const index_t most = (lanes + 255) / 256;
+        return wanted < most ? wanted : most;
+    }
+
+    void set_sums(index_t set) {
+        load_statistics(set);
+        if (!wants_set_sums()) return;
+        const Sums sums = cell(set, 0);
+        finish(set, &sums);
+    }
+
+    void all_set_sums() {
+        if (schedule_.split && wants_set_sums()) {
+            for (index_t set = 0; set < plan_.sets; ++set) load_statistics(set);
+            const Buffer<Sums> sums(plan_.sets);
+            sweep_sums(sums);
+            return;
+        }
+        const SetPieces pieces(plan_, 2 * sizeof(T), schedule_.threads);
+        parallel_for(pieces.count(), schedule_.threads, [&](index_t i) {
+            for (index_t set = pieces.first(i); set < pieces.last(i); ++set) set_sums(set);
+        });
+    }
+
+    const Plan& plan_;
+    const BackwardCall& call_;
+    const Kernels<T>& k_;
+    const Schedule schedule_;
+    const Cells cells_;
+    const Nest index_, runs_, run_;
+    const Leaves leaves_;
+    const LeafReader<T> read_dy_, read_x_, read_w_;
+    const Nest elements_;
+    const Buffer<T> storage_;
+    SetStatistics<T> statistics_;
+};
+
+}  // namespace
+
+template <class T>
+void rows_forward(const Plan& plan, const ForwardCall& call, const Kernels<T>& kernels, const Schedule& schedule) {
+    RowsForward<T>(plan, call, kernels, schedule).run();
+}
+
+template <class T>
+void rows_backward(const Plan& plan, const BackwardCall& call, const Kernels<T>& kernels, const Schedule& schedule) {
+    RowsBackward<T>(plan, call, kernels, schedule).run();
+}
+
+template void rows_forward<float>(const Plan&, const ForwardCall&, const Kernels<float>&, const Schedule&);
+template void rows_backward<float>(const Plan&, const BackwardCall&, const Kernels<float>&, const Schedule&);
+
+}  // namespace normkit::cpu

@@ -1,0 +1,80 @@
+// Scratch memory of a call: taken before the first result is written, so that running out of it changes nothing.
+#pragma once
+
+#include <memory>
+
+#include "../formula.h"
+#include "tiles.h"
+
+namespace normkit::cpu {
+
+// Cache-line aligned, uninitialized.
+template <class E>
+class Buffer {
+   public:
+    Buffer() = default;
+    explicit Buffer(index_t n)
+        : data_(n > 0 ? static_cast<E*>(::operator new(n * sizeof(E), std::align_val_t{64})) : nullptr) {}
+    E* get() const { return data_.get(); }
+    E& operator[](index_t i) const { return data_.get()[i]; }
+
+   private:
+    struct Free {
+        void operator()(E* p) const { ::operator delete(p, std::align_val_t{64}); }
+    };
+    std::unique_ptr<E, Free> data_;
+};
+
+// The statistics of a range of sets as kernels read them: six arrays of the same length, filled set by set.
+template <class T>
+class SetStatistics {
+   public:
+    SetStatistics(T* storage, index_t sets) : p_(storage), sets_(sets) {}
+    static constexpr index_t kArrays = 6;
+
+    void put(index_t set, double mean, double rstd) {
+        const Split<T> s = split<T>(mean, rstd);
+        hi()[set] = s.hi;
+        lo()[set] = s.lo;
+        this->rstd()[set] = s.rstd;
+        scale()[set] = s.scale;
+    }
+    void put_sums(index_t set, double mean_g, double mean_g_xhat) {
+        p_[4 * sets_ + set] = static_cast<T>(mean_g);
+        p_[5 * sets_ + set] = static_cast<T>(mean_g_xhat);
+    }
+    void copy(index_t to, const SetStatistics& from, index_t set) {
+        for (index_t i = 0; i < kArrays; ++i) p_[i * sets_ + to] = from.p_[i * from.sets_ + set];
+    }
+
+    // For a tile that begins with `set`; `row` and `lane`: how the set number goes on; `sets`: how many sets it has.
+    TileStatistics<T> tile(index_t set, index_t row, index_t lane, index_t sets) const {
+        TileStatistics<T> s;
+        s.hi = hi() + set;
+        s.lo = lo() + set;
+        s.rstd = rstd() + set;
+        s.mean_g = p_ + 4 * sets_ + set;
+        s.mean_g_xhat = p_ + 5 * sets_ + set;
+        s.row = row;
+        s.lane = lane;
+        for (index_t i = 0; i < sets; ++i) {
+            if (scale()[set + i * (row + lane)] != 1) s.scale = scale() + set;
+        }
+        return s;
+    }
+
+   private:
+    T* hi() const { return p_; }
+    T* lo() const { return p_ + sets_; }
+    T* rstd() const { return p_ + 2 * sets_; }
+    T* scale() const { return p_ + 3 * sets_; }
+    T* p_;
+    index_t sets_;
+};
+
+// Moments of a set in double, for sets that float can't do: no float is so large or small that double could overflow
+// or lose its square. `set`: the axes of the set.
+template <class T>
+Moments moments_in_double(const Nest& set, const char* x, bool center);
+
+}  // namespace normkit::cpu

@@ -1,0 +1,110 @@
+#include "plan.h"
+
+#include "cpu/kernels.h"
+
+namespace normkit {
+namespace {
+
+index_t magnitude(index_t v) { return v < 0 ? -v : v; }
+
+// The axes longer than 1 in the order of x's memory, outermost first. A broadcast axis (stride 0) says nothing about
+// that order and stays beside the neighbours that the order of dimensions gives it.
+Nest in_memory_order(const Nest& axes) {
+    Nest out;
+    for (int i = 0; i < axes.n; ++i) {
+        if (axes.axis[i].extent == 1) continue;
+        const index_t stride = magnitude(axes.axis[i].stride[kX]);
+        int place = out.n;
+        for (int j = out.n - 1; j >= 0 && stride != 0; --j) {
+            const index_t other = magnitude(out.axis[j].stride[kX]);
+            if (other == 0) continue;
+            if (other >= stride) break;
+            place = j;
+        }
+        for (int j = out.n; j > place; --j) out.axis[j] = out.axis[j - 1];
+        out.axis[place] = axes.axis[i];
+        ++out.n;
+    }
+    return out;
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& problem) {
+    Plan plan;
+    plan.center = problem.center;
+    Nest axes = in_memory_order(problem.axes);
+    for (int i = axes.n - 1; i >= 0; --i) {
+        Axis& a = axes.axis[i];
+        if (!a.reduced) a.stride[kSet] = plan.sets;
+        (a.reduced ? plan.set_size : plan.sets) *= a.extent;
+    }
+    plan.total = plan.sets * plan.set_size;
+
+    // The innermost group of reduced axes, and whether there are kept and then again reduced axes outside it.
+    int run_begin = axes.n;
+    while (run_begin > 0 && axes.axis[run_begin - 1].reduced) --run_begin;
+    index_t run = 1;
+    for (int i = run_begin; i < axes.n; ++i) run *= axes.axis[i].extent;
+    int kept_begin = run_begin;
+    while (kept_begin > 0 && !axes.axis[kept_begin - 1].reduced) --kept_begin;
+    const bool reduced_outside = kept_begin > 0;
+
+    if (run_begin < axes.n && (run >= kShortestRun || !reduced_outside)) {
+        plan.walk = Walk::rows;
+    } else if (run_begin == axes.n && !reduced_outside) {
+        plan.walk = Walk::rows;  // sets of one element
+    } else {
+        plan.walk = Walk::columns;
+    }
+
+    if (plan.walk == Walk::rows) {
+        for (int i = 0; i < axes.n; ++i) {
+            const Axis& a = axes.axis[i];
+            (i >= run_begin ? plan.run : a.reduced ? plan.runs : plan.kept).push(a);
+        }
+        return plan;
+    }
+    // Lanes are the innermost kept axis as far as it is one for every operand; the short run inside it is merged. A
+    // run of several axes that are not one in memory keeps its innermost axis; the others only change where a lane is.
+    constexpr unsigned kAll = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);
+    Nest kept, merge;
+    for (int i = 0; i < axes.n; ++i) {
+        const Axis& a = axes.axis[i];
+        (i >= run_begin ? merge : a.reduced ? plan.runs : kept).push(a);
+    }
+    merge = collapse(merge, kAll);
+    if (merge.n > 1) {  // several short reduced axes: walk the outer ones as rows
+        for (int i = 0; i < merge.n - 1; ++i) plan.runs.push(merge.axis[i]);
+    }
+    plan.merge = merge.inner();
+    kept = collapse(kept, kAll | bit(kStatistic) | bit(kSet));
+    plan.lane = kept.inner();
+    plan.kept = kept.without_inner();
+    return plan;
+}
+
+Leaves::Leaves(index_t runs_, index_t run_) : runs(runs_), run(run_) {
+    const index_t steps = (run + cpu::kStep - 1) / cpu::kStep;
+    if (steps > cpu::kLeafSteps) {
+        per_run = (run + cpu::kLeafLanes - 1) / cpu::kLeafLanes;
+    } else if (steps > 0) {
+        rows = cpu::kLeafSteps / steps;
+    }
+}
+
+Leaves::Leaf Leaves::operator[](index_t i) const {
+    if (rows > 1) {
+        const index_t first = i * rows;
+        return {first, runs - first < rows ? runs - first : rows, 0, run};
+    }
+    const index_t lane = i % per_run * cpu::kLeafLanes;
+    return {i / per_run, 1, lane, run - lane < cpu::kLeafLanes ? run - lane : cpu::kLeafLanes};
+}
+
+RowBlocks::RowBlocks(index_t rows_, index_t least, index_t multiple) : rows(rows_), block((rows_ + 63) / 64) {
+    if (block < least) block = least;
+    block = (block + multiple - 1) / multiple * multiple;
+}
+
+}  // namespace normkit

@@ -1,0 +1,59 @@
+// The plan: how the elements of a problem are visited and summed. It follows from extents, strides and dtype alone, and
+// so do the bits of every result. What may look at the machine is the schedule (schedule.h).
+#pragma once
+
+#include "norms.h"
+
+namespace normkit {
+
+// Rows: a set is made of contiguous runs. Columns: neighbouring lanes belong to different sets.
+enum class Walk { rows, columns };
+
+struct Plan {
+    Walk walk = Walk::rows;
+    bool center = true;
+    index_t sets = 1;        // number of means and variances
+    index_t set_size = 1;    // elements that share one
+    index_t total = 1;
+
+    // Rows: set `s` is at kept.offsets(s); it has `runs.size()` runs of `run.size()` elements.
+    // Columns: block `o` of lanes is at kept.offsets(o); its sets are lane.extent groups of merge.extent neighbouring
+    // lanes, and `runs.size()` rows go down each. Set number: o * lane.extent + group.
+    Nest kept;
+    Nest runs;
+    Nest run;     // rows
+    Axis lane;    // columns
+    Axis merge;   // columns
+};
+
+// A run of at least this many elements is walked as rows although other axes of the set lie outside it; a shorter one
+// (C/G channels of an NHWC group norm) becomes lanes that are merged.
+constexpr index_t kShortestRun = 64;
+
+Plan make_plan(const Problem& problem);
+
+// Leaves of a reduction over `runs` runs of `run` elements: `rows` whole runs in a leaf where they are short, else
+// `per_run` pieces of a run, of kLeafLanes elements but for the last.
+struct Leaves {
+    index_t runs, run;
+    index_t rows = 1;
+    index_t per_run = 1;
+
+    Leaves(index_t runs, index_t run);
+    index_t count() const { return rows > 1 ? (runs + rows - 1) / rows : runs * per_run; }
+    struct Leaf {
+        index_t first_run, rows, lane, lanes;
+    };
+    Leaf operator[](index_t i) const;
+};
+
+// Rows of a columns walk are summed in at most 64 blocks, whose partial results are merged in order.
+struct RowBlocks {
+    index_t rows, block;
+    RowBlocks(index_t rows, index_t least, index_t multiple);
+    index_t count() const { return (rows + block - 1) / block; }
+    index_t first(index_t i) const { return i * block; }
+    index_t size(index_t i) const { return rows - first(i) < block ? rows - first(i) : block; }
+};
+
+}  // namespace normkit

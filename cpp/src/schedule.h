@@ -1,0 +1,19 @@
+// The schedule: how a plan is carried out on this machine. It may look at caches and threads; it never changes a bit.
+#pragma once
+
+#include "plan.h"
+
+namespace normkit {
+
+struct Schedule {
+    int threads = 1;
+    bool split = false;     // a set is shared by several units of work
+    bool resident = true;   // moments and apply (or sums and dx) on one unit before the next
+    bool stream = false;    // non-temporal stores
+    index_t lanes = 0;      // columns: neighbouring lanes in a unit, a multiple of merge.extent
+};
+
+// `arrays`: how many arrays of x's size are read (1 forward, 2 backward). `write`: a result of x's size is written.
+Schedule make_schedule(const Plan& plan, int arrays, bool write, bool in_place);
+
+}  // namespace normkit

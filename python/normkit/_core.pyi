@@ -1,0 +1,111 @@
+"""The compiled core. Private: the public functions in `normkit.functional` call it, `normkit._debug` steers it.
+
+All arguments are positional. `forward`, `evaluate` and `backward` check everything they are given in one pass and
+answer None, having changed nothing, when an argument is not acceptable. That is why arguments are `object` here. With
+`stats`, RMS gives (y, rstd) and every other norm (y, mean, rstd).
+"""
+
+from typing import Literal, TypedDict, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+class Path(TypedDict):
+    """What the last call of this thread ran through."""
+
+    walk: Literal["rows", "columns"]
+    isa: str
+    threads: int
+    split: bool
+    resident: bool
+    stream: bool
+
+__version__: str
+
+# Which norm: the first argument of every operation. It also says what `spec` is.
+BATCH: int  # spec: channel_axis
+INSTANCE: int  # spec: channel_axis
+GROUP: int  # spec: (num_groups, channel_axis)
+LAYER: int  # spec: normalized_shape
+RMS: int  # spec: normalized_shape
+AXES: int  # spec: axes
+AXES_RMS: int  # spec: axes; the mean is taken as zero
+
+@overload
+def forward(
+    norm: int,
+    x: object,
+    spec: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    out: object,
+    stats: Literal[False],
+    running_mean: object,
+    running_var: object,
+    momentum: object,
+    /,
+) -> NDArray[np.float32] | None: ...
+@overload
+def forward(
+    norm: int,
+    x: object,
+    spec: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    out: object,
+    stats: Literal[True],
+    running_mean: object,
+    running_var: object,
+    momentum: object,
+    /,
+) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]] | None: ...
+@overload
+def evaluate(
+    norm: int,
+    x: object,
+    spec: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    out: object,
+    stats: Literal[False],
+    running_mean: object,
+    running_var: object,
+    /,
+) -> NDArray[np.float32] | None: ...
+@overload
+def evaluate(
+    norm: int,
+    x: object,
+    spec: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    out: object,
+    stats: Literal[True],
+    running_mean: object,
+    running_var: object,
+    /,
+) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]] | None: ...
+def backward(
+    norm: int,
+    dy: object,
+    x: object,
+    mean: object,
+    rstd: object,
+    spec: object,
+    weight: object,
+    training: bool,
+    needs: int,
+    out: object,
+    /,
+) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None, NDArray[np.float32] | None] | None: ...
+def moments(norm: int, x: object, spec: object, /) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+def set_num_threads(n: int, /) -> None: ...
+def get_num_threads() -> int: ...
+def isas() -> tuple[str, ...]: ...
+def isa() -> str: ...
+def force(isa: str | None, split: int, resident: int, stream: int, /) -> None: ...
+def last_path() -> Path: ...

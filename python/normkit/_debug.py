@@ -1,0 +1,74 @@
+"""Which path ran, and how to force one: for tests and measurements.
+
+None of these settings changes a bit of any result; they change only how it is reached.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import local
+from typing import Any, NamedTuple
+
+from ._core import Path, get_num_threads, isas, last_path, set_num_threads
+from ._core import force as _force
+
+__all__ = ["Path", "force", "isas", "last_path"]
+
+
+class _Settings(NamedTuple):
+    isa: str | None = None
+    split: bool | None = None
+    resident: bool | None = None
+    stream: bool | None = None
+
+
+class _Forced(local):
+    """What this thread forces: the core does not tell, and a `force` block has to restore what was around it."""
+
+    settings = _Settings()
+
+
+_forced = _Forced()
+
+
+def _apply(settings: _Settings) -> None:
+    isa, *switches = settings
+    split, resident, stream = (-1 if switch is None else int(switch) for switch in switches)
+    _force(isa, split, resident, stream)
+    _forced.settings = settings
+
+
+@contextmanager
+def force(
+    *,
+    isa: str | None = None,
+    threads: int | None = None,
+    split: bool | None = None,
+    resident: bool | None = None,
+    stream: bool | None = None,
+) -> Iterator[None]:
+    """Force a path inside a `with` block. What is None stays as it was outside the block.
+
+    Parameters
+    ----------
+    isa : str, optional
+        Instruction set, one of `isas()`.
+    threads : int, optional
+        Number of threads. Unlike the other settings, which hold for the calling thread, it holds for the process.
+    split : bool, optional
+        Share one set among threads, through partial results.
+    resident : bool, optional
+        Moments and normalization of one unit while it is in the cache (True), or in two sweeps (False).
+    stream : bool, optional
+        Non-temporal stores.
+    """
+    wanted: dict[str, Any] = {"isa": isa, "split": split, "resident": resident, "stream": stream}
+    before, threads_before = _forced.settings, get_num_threads()
+    _apply(before._replace(**{name: value for name, value in wanted.items() if value is not None}))
+    try:
+        if threads is not None:
+            set_num_threads(threads)
+        yield
+    finally:
+        if threads is not None:
+            set_num_threads(threads_before)
+        _apply(before)

@@ -1,0 +1,368 @@
+"""The sentences of all errors: subject, expectation, what came, way out.
+
+The core checks every argument in one pass and answers None when one is not acceptable, having changed nothing. Only
+then do the functions here look again, find the first argument that breaks a rule, and raise. A good call never comes
+here.
+
+Each function of the first part checks one kind of argument. The second part says, per norm, what its `spec` may be and
+which shapes follow from it. The third composes both into one explanation per operation of the core.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._core import AXES, AXES_RMS, BATCH, GROUP, INSTANCE, LAYER, RMS
+
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+
+_MAX_DIMS = 16  # of the core's views
+
+
+class _Kind(NamedTuple):
+    """A role an array can have: the dtypes it may come in, and the way out when it is no such array."""
+
+    dtypes: tuple[str, ...]
+    way: str
+    cast: str = ""  # the way out when only the dtype is wrong, where it is another
+
+
+_DATA = _Kind(
+    ("float32",), "convert it with np.asarray({name}, dtype=np.float32)", "convert it with {name}.astype(np.float32)"
+)
+_STATISTICS = _Kind(("float64",), "pass it as the forward function returned it")
+# What is written to must not be converted: the result would go to a copy.
+_RUNNING = _Kind(("float32", "float64"), "create it with np.zeros or np.ones")
+_OUT = _Kind(("float32",), "create it with np.empty_like(x)")
+
+
+# ---- one kind of argument ----------------------------------------------------------------------------------------
+
+
+def _array(name: str, value: object, kind: _Kind) -> Array:
+    way = kind.way.format(name=name)
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a numpy.ndarray, got {type(value).__name__}; {way}")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a plain numpy.ndarray, got MaskedArray; fill it with {name}.filled(value)")
+    if isinstance(value, np.matrix):
+        raise TypeError(f"{name} must be a plain numpy.ndarray, got matrix; view it with np.asarray({name})")
+    if value.dtype not in kind.dtypes:
+        swapped = not value.dtype.isnative and value.dtype.newbyteorder("=") in kind.dtypes
+        expected = " or ".join(kind.dtypes) + (" in native byte order" if swapped else "")
+        raise TypeError(f"{name} must be {expected}, got {value.dtype}; {kind.cast.format(name=name) or way}")
+    return value
+
+
+def _shaped(name: str, value: object, kind: _Kind, shape: Shape) -> Array:
+    array = _array(name, value, kind)
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+    return array
+
+
+def _data(x: object, least_dims: int) -> Array:
+    array = _array("x", x, _DATA)
+    if not least_dims <= array.ndim <= _MAX_DIMS:
+        raise ValueError(f"x must have {least_dims} to {_MAX_DIMS} dimensions, got shape {array.shape}")
+    return array
+
+
+def _parameter(name: str, value: object, x: Array, sets: "_Sets") -> Array | None:
+    if value is None:
+        return None
+    if sets.parameter is not None:
+        return _shaped(name, value, _DATA, sets.parameter)
+    array = _array(name, value, _DATA)
+    pairs = zip(reversed(array.shape), reversed(x.shape), strict=False)
+    if array.ndim > x.ndim or any(n not in (1, m) for n, m in pairs):
+        raise ValueError(f"{name} must broadcast to the shape of x, {x.shape}, got {array.shape}")
+    return array
+
+
+def _int(name: str, value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+
+
+def _ints(name: str, value: object) -> Shape:
+    try:
+        if isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0):
+            values = tuple(operator.index(each) for each in value)
+        else:
+            values = (operator.index(value),)  # type: ignore[arg-type]
+    except TypeError:
+        came = repr(value) if isinstance(value, tuple | list) else type(value).__name__
+        raise TypeError(f"{name} must be an int or a sequence of ints, got {came}") from None
+    if not values:
+        raise ValueError(f"{name} must not be empty, got {value!r}")
+    return values
+
+
+def _axis(name: str, value: int, ndim: int) -> int:
+    if not -ndim <= value < ndim:
+        raise ValueError(f"{name} must be from {-ndim} to {ndim - 1}, as x has {ndim} dimensions, got {value}")
+    return value % ndim
+
+
+def _finite(name: str, value: object, least: float = -math.inf) -> None:
+    try:
+        finite = math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:
+        finite = False
+    except TypeError:
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}") from None
+    if not finite or float(value) < least:  # type: ignore[arg-type]
+        expected = "finite" if least == -math.inf else f"finite and at least {least:g}"
+        raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def _running(mean: object, var: object, shape: Shape, updated: bool) -> dict[str, Array]:
+    given = {"running_mean": mean, "running_var": var}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 2:
+        return {}
+    if missing:
+        raise ValueError(f"running_mean and running_var must be given together, got {missing[0]}=None")
+    arrays = {name: _shaped(name, value, _RUNNING, shape) for name, value in given.items()}
+    if updated:
+        for name, array in arrays.items():
+            _writable(name, array, _RUNNING.way)
+    return arrays
+
+
+def _same_view(a: Array, b: Array) -> bool:
+    strides = [[stride for stride, n in zip(v.strides, v.shape, strict=True) if n > 1] for v in (a, b)]
+    return a.ctypes.data == b.ctypes.data and strides[0] == strides[1]
+
+
+def _apart(name: str, array: Array, others: dict[str, Array], may_be: tuple[str, ...] = ()) -> None:
+    for other_name, other in others.items():
+        if other_name in may_be and _same_view(array, other):
+            continue
+        # Bounds of memory, as the core compares them: arrays that interleave count as overlapping.
+        if np.may_share_memory(array, other):
+            unless = f", unless it is {other_name} itself" if other_name in may_be else ""
+            raise ValueError(
+                f"{name} must not overlap {other_name}{unless}, got arrays that share memory; "
+                f"give {name} memory of its own"
+            )
+
+
+def _writable(name: str, array: Array, way: str) -> None:
+    if not array.flags.writeable:
+        raise ValueError(f"{name} must be writable, got a read-only array; {way}")
+    # No two elements share memory where, going up in stride, each axis steps over all that lies inside it.
+    inside = array.itemsize  # bytes
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(array.strides, array.shape, strict=True)):
+        if n > 1 and stride < inside:
+            came = f"strides {array.strides} for shape {array.shape}"
+            raise ValueError(f"{name} must not overlap itself, got {came}; {way}")
+        inside += stride * (n - 1)
+
+
+def _out(out: object, shape: Shape, inputs: dict[str, Array], may_be: tuple[str, ...]) -> None:
+    if out is None:
+        return
+    array = _shaped("out", out, _OUT, shape)
+    _writable("out", array, _OUT.way)
+    _apart("out", array, inputs, may_be)
+
+
+# ---- one norm ----------------------------------------------------------------------------------------------------
+
+
+class _Sets(NamedTuple):
+    """What follows from `spec` and the shape of x."""
+
+    parameter: Shape | None  # shape of weight and bias; None: what broadcasts to x
+    statistics: Shape  # shape of mean and rstd
+    extent: int  # elements of one set
+    owner: str = ""  # what a set belongs to; empty where a set of one element is fine
+    way: str = ""  # the way out where it is not
+
+
+def _batch(x: Array, spec: object) -> _Sets:
+    axis = _axis("channel_axis", _int("channel_axis", spec), x.ndim)
+    channels = (x.shape[axis],)
+    extent = math.prod(x.shape[:axis] + x.shape[axis + 1 :])
+    return _Sets(channels, channels, extent, "channel", "use more samples, or training=False")
+
+
+def _channels_of_samples(x: Array, spec: object) -> tuple[int, int, int]:
+    """Count samples, channels, and elements of one channel of one sample."""
+    axis = _axis("channel_axis", _int("channel_axis", spec), x.ndim)
+    if axis == 0:
+        raise ValueError(f"channel_axis must not be axis 0 of x, which holds the samples, got {spec}")
+    return x.shape[0], x.shape[axis], math.prod(x.shape[1:axis] + x.shape[axis + 1 :])
+
+
+def _instance(x: Array, spec: object) -> _Sets:
+    samples, channels, extent = _channels_of_samples(x, spec)
+    return _Sets((channels,), (samples, channels), extent, "channel", "use more space, or use_input_stats=False")
+
+
+def _group(x: Array, spec: tuple[object, object]) -> _Sets:
+    samples, channels, extent = _channels_of_samples(x, spec[1])
+    groups = _int("num_groups", spec[0])
+    if groups < 1:
+        raise ValueError(f"num_groups must be at least 1, got {groups}")
+    if channels % groups:
+        raise ValueError(f"num_groups must divide the {channels} channels of x, got {groups}")
+    return _Sets((channels,), (samples, groups), channels // groups * extent, "group", "use fewer groups")
+
+
+def _trailing(x: Array, spec: object) -> _Sets:
+    shape = _ints("normalized_shape", spec)
+    if x.shape[-len(shape) :] != shape:
+        raise ValueError(f"normalized_shape must be the last dimensions of x, shape {x.shape}, got {shape}")
+    return _Sets(shape, x.shape[: x.ndim - len(shape)], math.prod(shape))
+
+
+def _any_axes(x: Array, spec: object) -> _Sets:
+    given = _ints("axes", spec)
+    axes = {_axis("axes", axis, x.ndim) for axis in given}
+    if len(axes) != len(given):
+        raise ValueError(f"axes must name each axis once, got {given}")
+    kept = tuple(n for axis, n in enumerate(x.shape) if axis not in axes)
+    return _Sets(None, kept, math.prod(x.shape[axis] for axis in axes))
+
+
+class _Norm(NamedTuple):
+    least_dims: int  # of x
+    sets: Callable[[Array, Any], _Sets]
+    flag: str = ""  # the argument that chooses between statistics from x and given ones
+
+
+_NORMS = {
+    BATCH: _Norm(2, _batch, "training"),
+    INSTANCE: _Norm(3, _instance, "use_input_stats"),
+    GROUP: _Norm(2, _group),
+    LAYER: _Norm(1, _trailing),
+    RMS: _Norm(1, _trailing),
+    AXES: _Norm(1, _any_axes),
+    AXES_RMS: _Norm(1, _any_axes),
+}
+
+
+# ---- one operation of the core: raises, always -------------------------------------------------------------------
+
+
+def explain_forward(
+    norm: int,
+    x: object,
+    spec: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    out: object,
+    running_mean: object = None,
+    running_var: object = None,
+    momentum: object = 0.0,
+) -> NoReturn:
+    data, sets, inputs = _forward_inputs(norm, x, spec, weight, bias, eps)
+    _finite("momentum", momentum)
+    # Instance norm keeps running statistics per channel, as batch norm does, though it has its own for each sample.
+    running = _running(running_mean, running_var, sets.statistics[-1:], updated=True)
+    if sets.owner and data.size and sets.extent == 1:
+        raise ValueError(f"expected more than 1 value per {sets.owner}, got x of shape {data.shape}; {sets.way}")
+    for name, array in running.items():
+        _apart(name, array, inputs)
+        inputs[name] = array
+    _out(out, data.shape, inputs, may_be=("x",))
+    _unexplained()
+
+
+def explain_evaluate(
+    norm: int,
+    x: object,
+    spec: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    out: object,
+    running_mean: object,
+    running_var: object,
+) -> NoReturn:
+    data, sets, inputs = _forward_inputs(norm, x, spec, weight, bias, eps)
+    running = _running(running_mean, running_var, sets.statistics[-1:], updated=False)
+    if not running:
+        flag = _NORMS[norm].flag
+        raise ValueError(f"{flag}=False needs running_mean and running_var, got None; pass both, or {flag}=True")
+    _out(out, data.shape, inputs | running, may_be=("x",))
+    _unexplained()
+
+
+def explain_backward(
+    norm: int,
+    dy: object,
+    x: object,
+    mean: object,
+    rstd: object,
+    spec: object,
+    weight: object,
+    training: object,
+    needs: int,
+    out: object,
+) -> NoReturn:
+    least_dims, sets_of, _ = _NORMS[norm]
+    data = _data(x, least_dims)
+    sets = sets_of(data, spec)
+    inputs = {"dy": _shaped("dy", dy, _DATA, data.shape), "x": data}
+    if norm not in (RMS, AXES_RMS):
+        inputs["mean"] = _shaped("mean", mean, _STATISTICS, sets.statistics)
+    inputs["rstd"] = _shaped("rstd", rstd, _STATISTICS, sets.statistics)
+    gamma = _parameter("weight", weight, data, sets)
+    if gamma is not None:
+        inputs["weight"] = gamma
+    _out(out, data.shape, inputs, may_be=("dy", "x"))
+    if out is not None and not needs & 1:
+        raise ValueError('out must be None when needs does not name "x", got an array; it takes dx')
+    if training and sets.owner and data.size and sets.extent == 1:
+        raise ValueError(f"expected more than 1 value per {sets.owner}, got x of shape {data.shape}; {sets.way}")
+    _unexplained()
+
+
+def _forward_inputs(
+    norm: int, x: object, spec: object, weight: object, bias: object, eps: object
+) -> tuple[Array, _Sets, dict[str, Array]]:
+    least_dims, sets_of, _ = _NORMS[norm]
+    data = _data(x, least_dims)
+    sets = sets_of(data, spec)
+    parameters = {name: _parameter(name, value, data, sets) for name, value in (("weight", weight), ("bias", bias))}
+    if not (eps is None and norm == RMS):  # None: the core's choice
+        _finite("eps", eps, least=0)
+    return data, sets, {"x": data} | {name: array for name, array in parameters.items() if array is not None}
+
+
+def _unexplained() -> NoReturn:
+    raise RuntimeError(
+        "the core refused these arguments, and no rule says why: this is a bug in normkit; "
+        "please report it with the shapes, strides and dtypes of the arguments"
+    )
+
+
+# ---- arguments that never reach the core -------------------------------------------------------------------------
+
+
+def explain_needs(needs: object, names: tuple[str, ...]) -> NoReturn:
+    allowed = ", ".join(f'"{name}"' for name in names)
+    if isinstance(needs, str) or not isinstance(needs, Iterable):
+        came = f'"{needs}"' if isinstance(needs, str) else type(needs).__name__
+        raise TypeError(f"needs must be a tuple of names out of {allowed}, got {came}")
+    raise ValueError(f"needs must name gradients out of {allowed}, got {needs}")
+
+
+def thread_count(n: object) -> int:
+    """Return `n` as an int that the core can count to."""
+    threads = _int("n", n)
+    if not 1 <= threads < 2**31:
+        raise ValueError(f"n must be from 1 to 2147483647, or None for the default, got {threads}")
+    return threads

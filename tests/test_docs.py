@@ -1,0 +1,85 @@
+"""The public surface is what the documents promise: names, signatures, complete docstrings, examples that run."""
+
+import doctest
+import inspect
+import re
+
+import pytest
+
+import normkit as nk
+from normkit import functional
+
+# Without annotations. People know these from torch.nn.functional: a change breaks their code.
+SIGNATURES = """
+batch_norm(x, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-05, *, channel_axis=1, out=None)
+batch_norm_forward(x, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-05, *, channel_axis=1, out=None)
+batch_norm_backward(dy, x, mean, rstd, weight=None, training=True, *, channel_axis=1, out=None, needs=('x', 'weight', 'bias'))
+layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-05, *, out=None)
+layer_norm_forward(x, normalized_shape, weight=None, bias=None, eps=1e-05, *, out=None)
+layer_norm_backward(dy, x, mean, rstd, normalized_shape, weight=None, *, out=None, needs=('x', 'weight', 'bias'))
+instance_norm(x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-05, *, channel_axis=1, out=None)
+instance_norm_forward(x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-05, *, channel_axis=1, out=None)
+instance_norm_backward(dy, x, mean, rstd, weight=None, use_input_stats=True, *, channel_axis=1, out=None, needs=('x', 'weight', 'bias'))
+group_norm(x, num_groups, weight=None, bias=None, eps=1e-05, *, channel_axis=1, out=None)
+group_norm_forward(x, num_groups, weight=None, bias=None, eps=1e-05, *, channel_axis=1, out=None)
+group_norm_backward(dy, x, mean, rstd, num_groups, weight=None, *, channel_axis=1, out=None, needs=('x', 'weight', 'bias'))
+rms_norm(x, normalized_shape, weight=None, eps=None, *, out=None)
+rms_norm_forward(x, normalized_shape, weight=None, eps=None, *, out=None)
+rms_norm_backward(dy, x, rstd, normalized_shape, weight=None, *, out=None, needs=('x', 'weight'))
+normalize(x, axes, weight=None, bias=None, eps=1e-05, *, center=True, out=None)
+normalize_forward(x, axes, weight=None, bias=None, eps=1e-05, *, center=True, out=None)
+normalize_backward(dy, x, mean, rstd, axes, weight=None, *, center=True, out=None, needs=('x', 'weight', 'bias'))
+set_num_threads(n)
+get_num_threads()
+"""  # noqa: E501
+FUNCTIONS = [line.partition("(")[0] for line in SIGNATURES.split("\n") if line]
+
+
+def section(function, title):
+    """The text under a heading of a NumPy-style docstring."""
+    doc = inspect.getdoc(function)
+    found = re.search(rf"^{title}\n-+\n(.*?)(?=\n\n[A-Z]\w+\n---|\Z)", doc, re.DOTALL | re.MULTILINE)
+    assert found, f"{function.__name__} has no section {title}"
+    return found[1]
+
+
+def test_signatures():
+    actual = []
+    for name in FUNCTIONS:
+        signature = inspect.signature(getattr(nk, name))
+        parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+        actual.append(name + str(inspect.Signature(parameters)))
+    assert actual == SIGNATURES.strip().split("\n")
+
+
+def test_names():
+    assert sorted(nk.__all__) == sorted([*FUNCTIONS, "__version__"])
+    for name in FUNCTIONS:
+        assert getattr(nk, name) is getattr(functional, name)
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", nk.__version__)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstring(name):
+    function = getattr(nk, name)
+    parameters = list(inspect.signature(function).parameters)
+    if parameters:
+        documented = re.findall(r"^(\w[\w, ]*?)(?: :|$)", section(function, "Parameters"), re.MULTILINE)
+        assert sorted(", ".join(documented).split(", ")) == sorted(parameters)
+        raised = section(function, "Raises")
+        assert "TypeError" in raised
+        assert "ValueError" in raised
+    if "num_threads" not in name:
+        assert "https://arxiv.org/abs/" in section(function, "References")
+        section(function, "Returns")
+    assert ">>>" in section(function, "Examples")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_examples(name):
+    """Each example stands alone: it imports what it uses."""
+    finder = doctest.DocTestFinder(recurse=False)
+    (test,) = finder.find(getattr(nk, name), name, globs={})
+    log = []
+    doctest.DocTestRunner().run(test, out=log.append)
+    assert not log, "".join(log)

@@ -1,0 +1,573 @@
+"""What is not accepted, the sentence that says so, and that a call that raises has changed nothing.
+
+BAD is the table of rules: each row is tried on every function that it is about. What looks odd and is accepted all the
+same stands below it.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import normkit as nk
+from cases import MEMORY
+from normkit import functional
+
+SHAPE = (2, 6, 4, 5)
+
+
+class Norm(NamedTuple):
+    """A valid use of a norm on x of SHAPE, and the shapes that follow from it."""
+
+    options: dict
+    parameter: tuple
+    statistics: tuple
+    flag: str = ""  # the argument with another meaning when it is turned round
+
+
+NORMS = {
+    "batch_norm": Norm({}, (6,), (6,), "training"),
+    "instance_norm": Norm({}, (6,), (2, 6), "use_input_stats"),
+    "group_norm": Norm({"num_groups": 3}, (6,), (2, 3)),
+    "layer_norm": Norm({"normalized_shape": (4, 5)}, (4, 5), (2, 6)),
+    "rms_norm": Norm({"normalized_shape": (4, 5)}, (4, 5), (2, 6)),
+    "normalize": Norm({"axes": (1, 3)}, (1, 6, 1, 5), (2, 4), "center"),
+}
+
+
+class Call(NamedTuple):
+    norm: str
+    step: str  # "", "_forward", "_backward"
+    flag: bool = True  # False: batch norm and instance norm with given statistics, normalize without the mean
+
+    @property
+    def function(self):
+        return getattr(nk, self.norm + self.step)
+
+    def __str__(self):
+        return self.norm + self.step + ("" if self.flag else f"({NORMS[self.norm].flag}=False)")
+
+
+STEPS = ("", "_forward", "_backward")
+CALLS = [
+    Call(norm, step, flag)
+    for norm, row in NORMS.items()
+    for step in STEPS
+    for flag in ((True, False) if row.flag else (True,))
+]
+
+
+def calls(*norms, steps=STEPS, flags=(True, False), but=()):
+    """The calls of these norms, or of all norms but those."""
+    return [
+        call
+        for call in CALLS
+        if call.norm in (norms or NORMS) and call.norm not in but and call.step in steps and call.flag in flags
+    ]
+
+
+FORWARD = {"steps": ("", "_forward")}
+BACKWARD = {"steps": ("_backward",)}
+CHANNELS = ("batch_norm", "instance_norm", "group_norm")
+RUNNING = calls("batch_norm", "instance_norm", **FORWARD)
+UPDATING = calls("batch_norm", "instance_norm", **FORWARD, flags=(True,))
+BIASED = calls(but=("rms_norm",), **FORWARD)
+WITH_MEAN = [
+    call for call in calls(but=("rms_norm",), **BACKWARD) if call != Call("normalize", "_backward", flag=False)
+]
+
+
+def floats(shape, dtype=np.float32):
+    return np.random.default_rng(0).uniform(1, 2, shape).astype(dtype)
+
+
+def valid(call):
+    """Every argument of a valid call, with arrays of its own."""
+    norm = NORMS[call.norm]
+    arguments = {"x": floats(SHAPE), **norm.options, "weight": floats(norm.parameter), "out": floats(SHAPE)}
+    if norm.flag:
+        arguments[norm.flag] = call.flag
+    if call.step == "_backward":
+        arguments |= {"dy": floats(SHAPE), "rstd": floats(norm.statistics, np.float64)}
+        if call.norm != "rms_norm":
+            arguments["mean"] = floats(norm.statistics, np.float64)
+        return arguments
+    arguments["eps"] = 1e-5
+    if call.norm != "rms_norm":
+        arguments["bias"] = floats(norm.parameter)
+    if call.norm in ("batch_norm", "instance_norm"):
+        arguments |= {"running_mean": floats(6, np.float64), "running_var": floats(6, np.float64), "momentum": 0.1}
+    return arguments
+
+
+def changed(call, changes):
+    """A valid call with some arguments replaced: by a value, or by a function of the arguments so far."""
+    arguments = valid(call)
+    for name, value in changes.items():
+        arguments[name] = value(arguments) if callable(value) else value
+    return arguments
+
+
+def bits(value):
+    """The memory that an array lives in, to the end of what it is a view of."""
+    while isinstance(value, np.ndarray) and isinstance(value.base, np.ndarray):
+        value = value.base
+    return np.asarray(value).tobytes() if isinstance(value, np.ndarray) else None
+
+
+# --- what is not accepted ---------------------------------------------------------------------------------------------
+
+BAD = []
+
+
+def bad(calls, error, message, **changes):
+    BAD.extend(pytest.param(call, changes, error, message, id=f"{call}-{message.partition(';')[0]}") for call in calls)
+
+
+def bad_array(calls, name, dtype, other_dtype, if_no_array, if_other_dtype):
+    """What holds for every array, whatever it is for."""
+
+    def replaced(change):
+        return {name: lambda arguments: change(arguments[name])}
+
+    bad(calls, TypeError, f"{name} must be a numpy.ndarray, got list; {if_no_array}", **replaced(np.ndarray.tolist))
+    bad(calls, TypeError, f"{name} must be a numpy.ndarray, got float; {if_no_array}", **{name: 1.0})
+    bad(
+        calls,
+        TypeError,
+        f"{name} must be a plain numpy.ndarray, got MaskedArray; fill it with {name}.filled(value)",
+        **replaced(np.ma.masked_array),
+    )
+    for other in (other_dtype, "float16", "int32", "object", "complex64"):
+        message = f"{name} must be {dtype}, got {other}; {if_other_dtype}"
+        bad(calls, TypeError, message, **replaced(lambda array, other=other: array.astype(other)))
+    swapped = np.dtype(dtype.split(" or ")[0]).newbyteorder("S")
+    bad(
+        calls,
+        TypeError,
+        f"{name} must be {dtype} in native byte order, got {swapped}; {if_other_dtype}",
+        **replaced(lambda array: array.astype(swapped)),
+    )
+
+
+def bad_data(calls, name):
+    array, dtype = f"convert it with np.asarray({name}, dtype=np.float32)", f"convert it with {name}.astype(np.float32)"
+    bad_array(calls, name, "float32", "float64", array, dtype)
+
+
+def matrix(array):
+    return array.reshape(-1, array.shape[-1]).view(np.matrix)
+
+
+def read_only(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+# --- x, dy, weight, bias
+
+bad_data(CALLS, "x")
+bad_data(calls(**BACKWARD), "dy")
+bad_data(CALLS, "weight")
+bad_data(BIASED, "bias")
+bad(
+    calls(but=("instance_norm",)),  # a matrix has two dimensions
+    TypeError,
+    "x must be a plain numpy.ndarray, got matrix; view it with np.asarray(x)",
+    x=lambda a: matrix(a["x"]),
+)
+bad(
+    CALLS, TypeError, "x must be a numpy.ndarray, got NoneType; convert it with np.asarray(x, dtype=np.float32)", x=None
+)
+bad(
+    calls(**BACKWARD),
+    TypeError,
+    "dy must be a numpy.ndarray, got NoneType; convert it with np.asarray(dy, dtype=np.float32)",
+    dy=None,
+)
+
+for least, norms in (
+    (2, ("batch_norm", "group_norm")),
+    (3, ("instance_norm",)),
+    (1, ("layer_norm", "rms_norm", "normalize")),
+):
+    for shape in ((5,) * (least - 1), (1,) * 15 + (2, 2)):
+        bad(calls(*norms), ValueError, f"x must have {least} to 16 dimensions, got shape {shape}", x=floats(shape))
+
+for shape in ((2, 6, 4, 1), (240,), (2, 6, 5, 4), ()):
+    bad(calls(**BACKWARD), ValueError, f"dy must have shape (2, 6, 4, 5), got {shape}", dy=floats(shape))
+for name, where in (("weight", CALLS), ("bias", BIASED)):
+    shaped = [call for call in where if call.norm != "normalize"]
+    for shape in ((3,), (1,), (), (2, 6, 4, 5)):
+        bad(shaped, ValueError, name + f" must have shape {{parameter}}, got {shape}", **{name: floats(shape)})
+    broadcast = [call for call in where if call.norm == "normalize"]
+    for shape in ((6,), (2, 6, 4, 5, 1), (1, 2, 6, 4, 5), (0,)):
+        message = f"{name} must broadcast to the shape of x, (2, 6, 4, 5), got {shape}"
+        bad(broadcast, ValueError, message, **{name: floats(shape)})
+
+# --- the sets
+
+for value, kind in ((1.0, "float"), (None, "NoneType"), ((1,), "tuple")):
+    bad(calls(*CHANNELS), TypeError, f"channel_axis must be an int, got {kind}", channel_axis=value)
+    bad(calls("group_norm"), TypeError, f"num_groups must be an int, got {kind}", num_groups=value)
+for axis in (4, -5, 10**30):
+    message = f"channel_axis must be from -4 to 3, as x has 4 dimensions, got {axis}"
+    bad(calls(*CHANNELS), ValueError, message, channel_axis=axis)
+for axis in (0, -4):
+    message = f"channel_axis must not be axis 0 of x, which holds the samples, got {axis}"
+    bad(calls("instance_norm", "group_norm"), ValueError, message, channel_axis=axis)
+for groups in (0, -3, -(10**30)):
+    bad(calls("group_norm"), ValueError, f"num_groups must be at least 1, got {groups}", num_groups=groups)
+for groups in (4, 12, 10**30):
+    message = f"num_groups must divide the 6 channels of x, got {groups}"
+    bad(calls("group_norm"), ValueError, message, num_groups=groups)
+for name, norms in (("normalized_shape", ("layer_norm", "rms_norm")), ("axes", ("normalize",))):
+    for value, came in (
+        (5.0, "float"),
+        (None, "NoneType"),
+        ("45", "str"),
+        ((1, 5.0), "(1, 5.0)"),
+        ([None], "[None]"),
+        ({1: 2}, "dict"),
+    ):
+        message = f"{name} must be an int or a sequence of ints, got {came}"
+        bad(calls(*norms), TypeError, message, **{name: value})
+    for value in ((), []):
+        bad(calls(*norms), ValueError, f"{name} must not be empty, got {value}", **{name: value})
+for value in (4, (5, 4), (4,), (1, 2, 6, 4, 5), (-1,), (10**30,)):
+    came = (value,) if isinstance(value, int) else value
+    message = f"normalized_shape must be the last dimensions of x, shape (2, 6, 4, 5), got {came}"
+    bad(calls("layer_norm", "rms_norm"), ValueError, message, normalized_shape=value)
+for axes, worst in ((4, 4), (-5, -5), ((0, 10**30), 10**30)):
+    message = f"axes must be from -4 to 3, as x has 4 dimensions, got {worst}"
+    bad(calls("normalize"), ValueError, message, axes=axes)
+for axes in ((1, 1), (0, -4)):
+    bad(calls("normalize"), ValueError, f"axes must name each axis once, got {axes}", axes=axes)
+for norm, kind, shape, statistics, way, changes in (
+    ("batch_norm", "channel", (1, 6), (6,), "use more samples, or training=False", {}),
+    ("batch_norm", "channel", (1, 6, 1, 1), (6,), "use more samples, or training=False", {}),
+    ("instance_norm", "channel", (2, 6, 1), (2, 6), "use more space, or use_input_stats=False", {}),
+    ("group_norm", "group", (2, 6), (2, 6), "use fewer groups", {"num_groups": 6}),
+):
+    message = f"expected more than 1 value per {kind}, got x of shape {shape}; {way}"
+    changes |= {"x": floats(shape), "out": floats(shape)}
+    bad(calls(norm, **FORWARD, flags=(True,)), ValueError, message, **changes)
+    changes |= {"dy": floats(shape), "mean": floats(statistics, np.float64), "rstd": floats(statistics, np.float64)}
+    bad(calls(norm, **BACKWARD, flags=(True,)), ValueError, message, **changes)
+
+# --- numbers
+
+for name, where in (("eps", calls(**FORWARD)), ("momentum", UPDATING)):
+    bad(where, TypeError, f"{name} must be a float, got str", **{name: "1e-5"})
+    bad(where, TypeError, f"{name} must be a float, got complex", **{name: 1j})
+    expected = "finite" if name == "momentum" else "finite and at least 0"
+    for value in (float("nan"), float("inf"), -float("inf"), 10**400):
+        bad(where, ValueError, f"{name} must be {expected}, got {value}", **{name: value})
+bad(BIASED, TypeError, "eps must be a float, got NoneType", eps=None)
+bad(calls(**FORWARD), ValueError, "eps must be finite and at least 0, got -1e-05", eps=-1e-5)
+bad(UPDATING, TypeError, "momentum must be a float, got NoneType", momentum=None)
+
+# --- statistics
+
+for name in ("running_mean", "running_var"):
+    way = "create it with np.zeros or np.ones"
+    bad_array(RUNNING, name, "float32 or float64", "float16", way, way)
+    for shape in ((2, 6), (5,), (6, 1), ()):
+        bad(RUNNING, ValueError, f"{name} must have shape (6,), got {shape}", **{name: floats(shape)})
+    bad(RUNNING, ValueError, f"running_mean and running_var must be given together, got {name}=None", **{name: None})
+    bad(UPDATING, ValueError, f"{name} must be writable, got a read-only array; {way}", **{name: read_only(floats(6))})
+    one = np.lib.stride_tricks.as_strided(floats(1), (6,), (0,))
+    message = f"{name} must not overlap itself, got strides (0,) for shape (6,); {way}"
+    bad(UPDATING, ValueError, message, **{name: one})
+for norm in ("batch_norm", "instance_norm"):
+    flag = NORMS[norm].flag
+    message = f"{flag}=False needs running_mean and running_var, got None; pass both, or {flag}=True"
+    bad(calls(norm, **FORWARD, flags=(False,)), ValueError, message, running_mean=None, running_var=None)
+for name, where in (("mean", WITH_MEAN), ("rstd", calls(**BACKWARD))):
+    way = "pass it as the forward function returned it"
+    bad_array(where, name, "float64", "float32", way, way)
+    bad(where, TypeError, f"{name} must be a numpy.ndarray, got NoneType; {way}", **{name: None})
+    for shape in ((7,), (), (2, 6, 1)):
+        message = name + f" must have shape {{statistics}}, got {shape}"
+        bad(where, ValueError, message, **{name: floats(shape, np.float64)})
+
+# --- memory
+
+way = "create it with np.empty_like(x)"
+bad_array(CALLS, "out", "float32", "float64", way, way)
+for shape in ((6, 2, 4, 5), (240,), (2, 6, 4, 5, 1)):
+    bad(CALLS, ValueError, f"out must have shape (2, 6, 4, 5), got {shape}", out=floats(shape))
+bad(CALLS, ValueError, f"out must be writable, got a read-only array; {way}", out=read_only(floats(SHAPE)))
+for strides in ((0, 80, 20, 4), (480, 80, 20, 0), (480, 80, 16, 4), (96, 16, 4, 3)):
+    bad(
+        CALLS,
+        ValueError,
+        f"out must not overlap itself, got strides {strides} for shape (2, 6, 4, 5); create it with np.empty_like(x)",
+        out=lambda a, strides=strides: np.lib.stride_tricks.as_strided(floats(SHAPE), SHAPE, strides),
+    )
+
+
+def overlap(calls, name, other, unless="", **changes):
+    message = f"{name} must not overlap {other}{unless}, got arrays that share memory; give {name} memory of its own"
+    bad(calls, ValueError, message, **changes)
+
+
+def inside(array, shape, dtype=np.float32, offset=0):
+    """A view of `shape` on the memory of `array`, from element `offset`."""
+    return array.reshape(-1).view(dtype)[offset : offset + int(np.prod(shape))].reshape(shape)
+
+
+# One element apart.
+memory = floats(241)
+first, second = inside(memory, SHAPE), inside(memory, SHAPE, offset=1)
+overlap(CALLS, "out", "x", ", unless it is x itself", x=first, out=second)
+overlap(calls(**BACKWARD), "out", "dy", ", unless it is dy itself", dy=first, out=second)
+# Exactly x, but x overlaps dy.
+overlap(calls(**BACKWARD), "out", "dy", ", unless it is dy itself", dy=second, x=first, out=first)
+# The memory of x, walked in another order.
+square = {"x": floats((6, 6, 5)), "out": lambda a: a["x"].transpose(1, 0, 2)}
+overlap(calls(*CHANNELS, **FORWARD), "out", "x", ", unless it is x itself", **square)
+for name, where in (
+    ("weight", [call for call in CALLS if call.norm != "normalize"]),
+    ("bias", BIASED),
+    ("mean", WITH_MEAN),
+    ("rstd", calls(**BACKWARD)),
+    ("running_mean", RUNNING),
+    ("running_var", RUNNING),
+):
+    within = {name: lambda a, name=name: inside(a["out"], a[name].shape, a[name].dtype)}
+    overlap(where, "out", name, **within)
+for name in ("running_mean", "running_var"):
+    for other in ("x", "weight", "bias"):
+        overlap(UPDATING, name, other, **{name: lambda a, other=other: inside(a[other], (6,))})
+overlap(UPDATING, "running_var", "running_mean", running_var=lambda a: a["running_mean"])
+overlap(UPDATING, "running_var", "running_mean", running_var=lambda a: a["running_mean"][::-1])
+
+# --- gradients asked for
+
+for where, names in (
+    (calls(but=("rms_norm",), **BACKWARD), '"x", "weight", "bias"'),
+    (calls("rms_norm", **BACKWARD), '"x", "weight"'),
+):
+    for needs, came in (("x", '"x"'), (None, "NoneType"), (1, "int")):
+        bad(where, TypeError, f"needs must be a tuple of names out of {names}, got {came}", needs=needs)
+    for needs in (("x", "gamma"), (1,)):
+        bad(where, ValueError, f"needs must name gradients out of {names}, got {needs}", needs=needs)
+message = 'out must be None when needs does not name "x", got an array; it takes dx'
+bad(calls(**BACKWARD), ValueError, message, needs=("weight",))
+message = """needs must name gradients out of "x", "weight", got ('bias',)"""
+bad(calls("rms_norm", **BACKWARD), ValueError, message, needs=["bias"])
+
+
+@pytest.mark.parametrize(("call", "changes", "error", "message"), BAD)
+def test_bad_call(call, changes, error, message):
+    arguments = changed(call, changes)
+    before = {name: bits(value) for name, value in arguments.items()}
+    with pytest.raises(error) as caught:
+        call.function(**arguments)
+    norm = NORMS[call.norm]
+    expected = message.replace("{parameter}", str(norm.parameter)).replace("{statistics}", str(norm.statistics))
+    assert str(caught.value) == expected
+    assert {name: bits(value) for name, value in arguments.items()} == before
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_core_and_python_agree(call, monkeypatch):
+    """Python finds nothing wrong with a valid call. When the core does all the same, the user is asked to report it."""
+    for operation in ("forward", "evaluate", "backward"):
+        monkeypatch.setattr(functional, operation, lambda *arguments: None)
+    with pytest.raises(RuntimeError, match="please report it"):
+        call.function(**valid(call))
+
+
+# --- what is accepted ------------------------------------------------------------------------------------------------
+
+GOOD = []
+
+
+def good(calls, what, **changes):
+    GOOD.extend(pytest.param(call, changes, id=f"{call}-{what}") for call in calls)
+
+
+def constant(array):
+    """One element seen everywhere: strides of zero."""
+    return np.broadcast_to(array.dtype.type(1.5), array.shape)
+
+
+class Subclass(np.ndarray):
+    pass
+
+
+for name, where in (
+    ("x", CALLS),
+    ("dy", calls(**BACKWARD)),
+    ("weight", CALLS),
+    ("bias", BIASED),
+    ("mean", WITH_MEAN),
+    ("rstd", calls(**BACKWARD)),
+    ("running_mean", RUNNING),
+    ("running_var", RUNNING),
+    ("out", CALLS),
+):
+    for memory in ("F", "negative", "strided", "misaligned"):
+        good(where, f"{memory} {name}", **{name: lambda a, name=name, memory=memory: MEMORY[memory](a[name])})
+for name, where in (
+    ("x", CALLS),
+    ("dy", calls(**BACKWARD)),
+    ("weight", CALLS),
+    ("bias", BIASED),
+    ("mean", WITH_MEAN),
+    ("rstd", calls(**BACKWARD)),
+    ("running_mean", calls("batch_norm", "instance_norm", **FORWARD, flags=(False,))),
+    ("running_var", calls("batch_norm", "instance_norm", **FORWARD, flags=(False,))),
+):
+    for change in (read_only, constant):
+        good(where, f"{change.__name__} {name}", **{name: lambda a, name=name, change=change: change(a[name])})
+good(CALLS, "subclass", x=lambda a: a["x"].view(Subclass))
+good(CALLS, "no weight", weight=None)
+good(BIASED, "no bias", bias=None)
+good(CALLS, "no out", out=None)
+good(CALLS, "out is x", out=lambda a: a["x"])
+good(CALLS, "out is another view like x", out=lambda a: a["x"][...])
+good(calls(**BACKWARD), "out is dy", out=lambda a: a["dy"])
+good(calls(**BACKWARD), "dy is x, and out", dy=lambda a: a["x"], out=lambda a: a["x"])
+good(calls("normalize", **BACKWARD, flags=(False,)), "no mean", mean=None)
+good(UPDATING, "no running statistics", running_mean=None, running_var=None)
+good(RUNNING, "float32 running mean", running_mean=floats(6))
+good(RUNNING, "float32 running variance", running_var=floats(6))
+for axis in (-3, np.int64(1), True):
+    good(calls(*CHANNELS), f"channel_axis={axis!r}", channel_axis=axis)
+# For batch norm alone no axis is special.
+first = {"x": floats((6, 2, 5)), "channel_axis": 0, "out": None}
+good(calls("batch_norm", **FORWARD), "channel_axis=0", **first)
+good(calls("batch_norm", **BACKWARD), "channel_axis=0", **first, dy=floats((6, 2, 5)))
+good(calls("group_norm"), "num_groups=int32", num_groups=np.int32(3))
+for shape in ([4, 5], (np.int64(4), np.int8(5))):
+    good(calls("layer_norm", "rms_norm"), f"normalized_shape={shape!r}", normalized_shape=shape)
+for axes in ([1, 3], (3, 1), (-3, -1), (np.int64(1), np.int8(3))):
+    good(calls("normalize"), f"axes={axes!r}", axes=axes)
+for eps in (0, 0.0, 1, np.float32(1e-5), np.float64(1e-5), np.array(1e-5)):
+    good(calls(**FORWARD), f"eps={eps!r}", eps=eps)
+good(calls("rms_norm", **FORWARD), "eps=None", eps=None)
+for momentum in (0, 1, -0.5, 2.5, np.float32(0.1)):
+    good(UPDATING, f"momentum={momentum!r}", momentum=momentum)
+good(calls("batch_norm", "instance_norm", **FORWARD, flags=(False,)), "momentum=None", momentum=None)
+for shape in ((5,), (1, 5), (4, 1), (), (1, 1, 1, 1), (2, 6, 4, 5)):
+    good(calls("normalize"), f"weight of shape {shape}", weight=floats(shape))
+    good(calls("normalize", **FORWARD), f"bias of shape {shape}", bias=floats(shape))
+
+
+@pytest.mark.parametrize(("call", "changes"), GOOD)
+def test_good_call(call, changes):
+    arguments = changed(call, changes)
+    result = call.function(**arguments)
+    if not isinstance(result, tuple):
+        result = (result,)
+    if arguments["out"] is not None:
+        assert result[0] is arguments["out"]
+    assert type(result[0]) is np.ndarray
+    assert result[0].dtype == np.float32 and result[0].shape == arguments["x"].shape
+    for array in result[1:]:
+        assert array is None or np.isfinite(array).all()
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_memory_map(call, tmp_path):
+    arguments = valid(call)
+    arguments["x"].tofile(tmp_path / "x")
+    arguments["x"] = np.memmap(tmp_path / "x", np.float32, "r", shape=SHAPE)
+    call.function(**arguments)
+
+
+@pytest.mark.parametrize("call", calls(**BACKWARD), ids=str)
+def test_needs(call):
+    names = ("x", "weight") if call.norm == "rms_norm" else ("x", "weight", "bias")
+    arguments = valid(call) | {"out": None}
+    every = call.function(**arguments)
+    assert len(every) == len(names)
+    for needs in ((), ["x"], {"weight"}, iter(names), names[::-1], (*names, "x"), *((name,) for name in names)):
+        needs = list(needs)
+        some = call.function(**arguments, needs=iter(needs))
+        assert [gradient is not None for gradient in some] == [name in needs for name in names]
+        for gradient, same in zip(some, every):
+            assert gradient is None or np.array_equal(gradient, same)
+
+
+def test_gradients_of_absent_parameters():
+    """Where the norm tells their shape they are given, otherwise not."""
+    for call in calls(**BACKWARD):
+        _, *gradients = call.function(**valid(call) | {"weight": None})
+        shapes = {None if gradient is None else gradient.shape for gradient in gradients}
+        assert shapes == {None if call.norm == "normalize" else NORMS[call.norm].parameter}
+
+
+# A set of one value: its mean is the value and its variance 0. Nothing is wrong with that where nothing else is stored.
+@pytest.mark.parametrize("shape", [(1,), (3, 1), (1, 1, 1, 1)])
+def test_one_value(shape):
+    x, weight, bias = floats(shape), floats(1), np.float32([0.25])
+    assert (nk.layer_norm(x, 1, weight, bias) == bias).all()
+    assert (nk.normalize(x, -1, weight, bias) == bias).all()
+    _, mean, rstd = nk.normalize_forward(x, tuple(range(x.ndim)))
+    assert mean.shape == rstd.shape == ()
+    _, mean, rstd = nk.layer_norm_forward(x, 1)
+    dx, dweight, dbias = nk.layer_norm_backward(x, x, mean, rstd, 1)
+    assert dx.shape == shape and dweight.shape == dbias.shape == (1,)
+    assert np.isfinite(nk.rms_norm(x, 1)).all()
+
+
+@pytest.mark.parametrize("call", calls("batch_norm", "instance_norm", **FORWARD, flags=(False,)), ids=str)
+def test_one_value_with_given_statistics(call):
+    call.function(**valid(call) | {"x": floats((1, 6, 1)), "out": None})
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 4, 5), (2, 6, 0, 5), (2, 0, 4, 5), (0, 6, 1)])
+@pytest.mark.parametrize("norm", NORMS)
+def test_empty(norm, shape):
+    """Nothing to normalize: an empty y, running statistics as they were, NaN for the statistics of empty sets."""
+    options = dict(NORMS[norm].options)
+    if "normalized_shape" in options:
+        options["normalized_shape"] = shape[2:]
+    if "axes" in options:
+        options["axes"] = (1, -1)
+    running = {}
+    if norm in ("batch_norm", "instance_norm"):
+        running = {"running_mean": floats(shape[1]), "running_var": floats(shape[1])}
+        options[NORMS[norm].flag] = True
+    x, out = floats(shape), floats(shape)
+    y, *statistics = getattr(nk, norm + "_forward")(x, **options, **running, out=out)
+    assert y is out
+    assert all(np.isnan(statistic).all() for statistic in statistics)
+    assert all((statistic == floats(shape[1])).all() for statistic in running.values())
+    dx, *gradients = getattr(nk, norm + "_backward")(x, x, *statistics, **options)
+    assert dx.shape == shape
+    assert all(gradient is None or not gradient.any() for gradient in gradients)
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+def test_num_threads():
+    default = nk.get_num_threads()
+    nk.set_num_threads(np.int64(3))
+    assert nk.get_num_threads() == 3
+    nk.set_num_threads(None)
+    assert nk.get_num_threads() == default
+
+
+@pytest.mark.parametrize(
+    ("n", "error", "message"),
+    [
+        (2.0, TypeError, "n must be an int, got float"),
+        ("2", TypeError, "n must be an int, got str"),
+        (0, ValueError, "n must be from 1 to 2147483647, or None for the default, got 0"),
+        (-1, ValueError, "n must be from 1 to 2147483647, or None for the default, got -1"),
+        (2**31, ValueError, f"n must be from 1 to 2147483647, or None for the default, got {2**31}"),
+    ],
+)
+def test_bad_num_threads(n, error, message):
+    nk.set_num_threads(2)
+    with pytest.raises(error) as caught:
+        nk.set_num_threads(n)
+    assert str(caught.value) == message
+    assert nk.get_num_threads() == 2

@@ -1,0 +1,259 @@
+"""Memory: any strides in, memory order kept, results into a given `out`; inputs are never written."""
+
+import bounds
+import numpy as np
+import pytest
+from cases import MEMORY, NORMS, Case, ids, layouts, random, strided, with_evaluation
+
+import normkit as nk
+
+EPS = 1e-5
+CASES = layouts(((33, 12), (3, 4, 37), (2, 6, 5, 7)))
+EVERY = with_evaluation(CASES)
+
+
+def base_of(a):
+    while isinstance(a.base, np.ndarray):
+        a = a.base
+    return a
+
+
+class Unchanged:
+    """The whole memory under some arrays, gaps included, is as it was."""
+
+    def __init__(self, *arrays):
+        self.bases = [base_of(a) for a in arrays if a is not None]
+        self.before = [base.tobytes() for base in self.bases]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        assert kind or [base.tobytes() for base in self.bases] == self.before, "an input was written to"
+
+
+def example(rng, case):
+    x, dy = case.arrange(random(rng, case.shape, 1e2)), case.arrange(random(rng, case.shape))
+    weight, bias = case.parameters(rng)
+    running = None if case.training else case.running(rng, 1.0)
+    more = {} if case.training else {"running_mean": running[0], "running_var": running[1]}
+    return x, dy, weight, bias, running, more
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("norm", NORMS)
+def test_strides_of_x_and_dy(rng, norm, memory):
+    for case in with_evaluation(layouts(((33, 12), (3, 4, 37), (2, 6, 5, 7)), (norm,))):
+        case = Case(norm, case.shape, case.options, memory, training=case.training)
+        x, dy, weight, bias, running, more = example(rng, case)
+        with Unchanged(x, dy, weight, bias, *(running or ())):
+            y, mean, rstd = case.forward(x, weight, bias, eps=EPS, **more)
+            gradients = case.backward(dy, x, mean, rstd, weight)
+        case.check_forward(y, x, weight, bias, EPS, (mean, rstd), running)
+        case.check_backward(gradients, dy, x, weight, EPS, running)
+        for result in (y, gradients[0]):
+            assert result.strides == np.empty_like(x).strides
+            assert result.flags.owndata and result.flags.writeable and result.flags.aligned
+
+
+@pytest.mark.parametrize("memory", ["F", "negative", "strided", "shifted", "misaligned"])
+@pytest.mark.parametrize("case", EVERY[::2], ids=ids(EVERY[::2]))
+def test_strides_of_parameters(rng, case, memory):
+    """They have the bits of contiguous ones."""
+    x, dy, weight, bias, _, more = example(rng, case)
+    other_weight, other_bias = (None if a is None else MEMORY[memory](a) for a in (weight, bias))
+    assert other_weight.flags.c_contiguous == (memory not in ("negative", "strided", "F")) or other_weight.ndim < 2
+    with Unchanged(other_weight, other_bias):
+        y, mean, rstd = case.forward(x, other_weight, other_bias, eps=EPS, **more)
+        gradients = case.backward(dy, x, mean, rstd, other_weight)
+    bounds.assert_same_bits(y, case.plain(x, weight, bias, eps=EPS, **more))
+    for a, b in zip(gradients, case.backward(dy, x, mean, rstd, weight)):
+        assert (a is None) == (b is None)
+        if a is not None:
+            bounds.assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_parameters_of_stride_zero(rng, norm):
+    """One number, broadcast to the parameter's shape."""
+    for case in layouts(((3, 4, 37),), (norm,)):
+        x, dy, *_ = example(rng, case)
+        weight = np.broadcast_to(np.float32(1.5), case.weight_shape)
+        bias = np.broadcast_to(np.float32(-0.5), case.weight_shape) if case.row.has_bias else None
+        y, mean, rstd = case.forward(x, weight, bias, eps=EPS)
+        bounds.assert_same_bits(y, case.plain(x, weight.copy(), None if bias is None else bias.copy(), eps=EPS))
+        case.check_backward(case.backward(dy, x, mean, rstd, weight), dy, x, weight, EPS)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_x_and_dy_of_stride_zero(rng, norm):
+    """A broadcast x is read as if it were whole; the results are whole."""
+    shape = (6, 4, 10)
+    for axis in range(3):
+        small = tuple(1 if i == axis else extent for i, extent in enumerate(shape))
+        for case in layouts((shape,), (norm,)):
+            x = np.broadcast_to(random(rng, small, 1e2), shape)
+            dy = np.broadcast_to(random(rng, small), shape)
+            weight, bias = case.parameters(rng)
+            y, mean, rstd = case.forward(x, weight, bias, eps=EPS)
+            case.check_forward(y, x, weight, bias, EPS, (mean, rstd))
+            case.check_backward(case.backward(dy, x, mean, rstd, weight), dy, x, weight, EPS)
+            assert 0 not in y.strides and y.flags.writeable
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_overlapping_x(rng, norm):
+    """Windows that share memory are fine to read."""
+    windows = np.lib.stride_tricks.sliding_window_view(random(rng, (4, 46), 1e2), 37, axis=1)[:, ::3]
+    assert windows.shape == (4, 4, 37)
+    for case in layouts((windows.shape,), (norm,)):
+        weight, bias = case.parameters(rng)
+        with Unchanged(windows):
+            y, mean, rstd = case.forward(windows, weight, bias, eps=EPS)
+            gradients = case.backward(windows, windows, mean, rstd, weight)
+        case.check_forward(y, windows, weight, bias, EPS, (mean, rstd))
+        case.check_backward(gradients, windows, windows, weight, EPS)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_column_of_a_table_of_records(rng, dtype):
+    """Strides that are no multiple of the element size."""
+    table = np.zeros((50, 7), [("tag", np.uint8), ("x", np.float32), ("id", np.int16)])
+    table["x"] = random(rng, (50, 7), 1e2)
+    x = table["x"]
+    assert x.strides[1] % 4
+    for norm in ("batch", "layer", "rms", "axes"):
+        for case in layouts((x.shape,), (norm,)):
+            case = Case(norm, case.shape, case.options)
+            y, mean, rstd = case.forward(x, eps=EPS)
+            case.check_forward(y, x, eps=EPS, statistics=(mean, rstd))
+            case.check_backward(case.backward(x, x, mean, rstd), x, x, eps=EPS)
+    running = np.zeros(7, [("tag", np.uint8), ("mean", dtype), ("var", dtype)])
+    plain = [np.zeros(7, dtype) for _ in range(2)]
+    nk.batch_norm(x, running["mean"], running["var"], training=True)
+    nk.batch_norm(x, *plain, training=True)
+    bounds.assert_same_bits(running["mean"], plain[0])
+    bounds.assert_same_bits(running["var"], plain[1])
+    assert not running["tag"].any() and not table["tag"].any()
+
+
+# --- out ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["C", "F", "channels last", "negative", "strided", "padded", "shifted", "misaligned"])
+@pytest.mark.parametrize("case", EVERY[::2], ids=ids(EVERY[::2]))
+def test_out(rng, case, memory):
+    """`out` of any writable memory gets the bits that a new array gets, is what comes back, and its gaps stay."""
+    x, dy, weight, bias, running, more = example(rng, case)
+    y, mean, rstd = case.forward(x, weight, bias, eps=EPS, **more)
+    gradients = case.backward(dy, x, mean, rstd, weight)
+    with Unchanged(x, dy, weight, bias, *(running or ())):
+        for function in (case.plain, case.forward):
+            out = MEMORY[memory](np.zeros(case.shape, np.float32))
+            gaps = outside(out)
+            result = function(x, weight, bias, eps=EPS, out=out, **more)
+            assert (result if function == case.plain else result[0]) is out
+            bounds.assert_same_bits(out, y)
+            assert outside(out) == gaps
+        out = MEMORY[memory](np.zeros(case.shape, np.float32))
+        results = case.backward(dy, x, mean, rstd, weight, out=out)
+    assert results[0] is out
+    assert outside(out) == gaps
+    for a, b in zip(results, gradients):
+        assert (a is None) == (b is None)
+        if a is not None:
+            bounds.assert_same_bits(a, b)
+
+
+def outside(a):
+    """The memory under an array, with the array's own elements blanked."""
+    kept = a.copy()
+    a[...] = 0
+    memory = base_of(a).tobytes()
+    a[...] = kept
+    return memory
+
+
+@pytest.mark.parametrize("memory", ["C", "F", "channels last", "negative", "strided", "padded", "misaligned"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_in_place(rng, norm, memory):
+    """out=x, and in backward out=dy or out=x: the bits of a new array."""
+    for case in with_evaluation(layouts(((33, 12), (3, 4, 37), (2, 6, 50, 37)), (norm,))):
+        case = Case(norm, case.shape, case.options, memory, training=case.training)
+        x, dy, weight, bias, _, more = example(rng, case)
+        y, mean, rstd = case.forward(x, weight, bias, eps=EPS, **more)
+        gradients = case.backward(dy, x, mean, rstd, weight)
+        for name in ("dy", "x"):
+            arrays = {"x": case.arrange(x), "dy": case.arrange(dy)}
+            results = case.backward(arrays["dy"], arrays["x"], mean, rstd, weight, out=arrays[name])
+            assert results[0] is arrays[name]
+            bounds.assert_same_bits(arrays["x" if name == "dy" else "dy"], x if name == "dy" else dy)
+            for a, b in zip(results, gradients):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    bounds.assert_same_bits(a, b)
+        assert case.plain(x, weight, bias, eps=EPS, out=x, **more) is x
+        bounds.assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_array_as_x_and_dy_and_out(rng, norm):
+    for case in layouts(((3, 4, 37),), (norm,)):
+        x = case.arrange(random(rng, case.shape))
+        _, mean, rstd = case.forward(x)
+        expected = case.backward(x.copy(order="K"), x, mean, rstd)
+        results = case.backward(x, x, mean, rstd, out=x)
+        for a, b in zip(results, expected):
+            if a is not None:
+                bounds.assert_same_bits(a, b)
+
+
+def test_in_place_through_another_view(rng):
+    """The same memory with the same strides is x itself, whichever array object it comes in."""
+    x = random(rng, (6, 50))
+    y = nk.layer_norm(x, 50)
+    out = x[:, :]
+    assert nk.layer_norm(x, 50, out=out) is out
+    bounds.assert_same_bits(x, y)
+
+
+def test_out_beside_x_in_one_buffer(rng):
+    """Interleaved memory that shares no element with x is not x's."""
+    buffer = strided(random(rng, (6, 50)))
+    base = base_of(buffer)
+    x, out = base[::2, ::2], base[::2, 1::2]
+    before = x.copy()
+    y = nk.layer_norm(before, 50)
+    assert nk.layer_norm(x, 50, out=out) is out
+    bounds.assert_same_bits(out, y)
+    bounds.assert_same_bits(x, before)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_memory_order_of_results(rng, norm):
+    """Axes lie in memory as those of x do; gaps and directions are not kept."""
+    values = random(rng, (2, 6, 5, 7))
+    for case in layouts((values.shape,), (norm,))[::3]:
+        for order in ((0, 1, 2, 3), (3, 2, 1, 0), (0, 2, 3, 1), (1, 0, 3, 2), (2, 0, 1, 3)):
+            x = np.ascontiguousarray(values.transpose(order)).transpose(np.argsort(order))
+            for view in (x, x[:, ::-1], x[..., ::-1]):
+                y, mean, rstd = case.forward(view)
+                dx = case.backward(np.ascontiguousarray(view), view, mean, rstd)[0]
+                assert y.strides == dx.strides == np.empty_like(view).strides
+
+
+def test_sixteen_dimensions(rng):
+    shape = (2, 1, 3) + (1,) * 10 + (2, 2, 3)
+    x, dy = random(rng, shape, 1e2), random(rng, shape)
+    for norm, options in (
+        ("batch", {"channel_axis": 2}),
+        ("instance", {"channel_axis": 2}),
+        ("group", {"num_groups": 3, "channel_axis": 2}),
+        ("layer", {"normalized_shape": shape[3:]}),
+        ("rms", {"normalized_shape": shape[1:]}),
+        ("axes", {"axes": tuple(range(0, 16, 2))}),
+    ):
+        case = Case(norm, shape, options)
+        y, mean, rstd = case.forward(x, eps=EPS)
+        case.check_forward(y, x, eps=EPS, statistics=(mean, rstd))
+        case.check_backward(case.backward(dy, x, mean, rstd), dy, x, eps=EPS)

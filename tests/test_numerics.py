@@ -1,0 +1,368 @@
+"""Exactness: magnitudes, lengths, kinds of data, constant sets, NaN and infinity, the floating-point environment."""
+
+import ctypes
+import platform
+import subprocess
+import sys
+
+import bounds
+import numpy as np
+import pytest
+from cases import DATA, NORMS, RATIOS, Case, any_axes, ids, line_cases, lines, random
+
+import normkit as nk
+from normkit import _debug
+
+EPS = 1e-5
+# Around every vector (4, 8, 16, 32), step (32), block (512) and leaf (2048), and around twice some of them.
+EDGES = (4, 8, 16, 32, 64, 512, 1024, 2048, 4096)
+LENGTHS = sorted({1, 2, 3, 5, 11, 48, 97, 100, 513 + 32, 2048 + 33, 10_000, *(e + d for e in EDGES for d in (-1, 0, 1))})
+LANES = (1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65)
+ROWS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 255, 256, 257, 513)
+EVERY = [(norm, line) for norm in NORMS for line in range(3)]
+
+
+def check(rng, case, x, scale=1.0, eps=EPS, dy_scale=1.0, backward=True):
+    """Forward and backward of one case with random parameters, to the bounds."""
+    weight, bias = case.parameters(rng, scale)
+    y, mean, rstd = case.forward(x, weight, bias, eps=eps)
+    case.check_forward(y, x, weight, bias, eps, (mean, rstd))
+    if backward:
+        dy = random(rng, case.shape, scale=dy_scale)
+        case.check_backward(case.backward(dy, x, mean, rstd, weight), dy, x, weight, eps)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("n", LENGTHS)
+def test_lengths(rng, norm, n):
+    """Every kind of data at every ratio of mean to standard deviation, as rows and as columns."""
+    values = lines(rng, n)
+    for case, x, walk in line_cases(norm, values):
+        for scale in (1.0, 100.0):
+            check(rng, case, x, scale)
+        assert n < 4 or _debug.last_path()["walk"] == walk
+
+
+def test_lengths_reach_every_norm_and_both_walks(rng):
+    values = lines(rng, 12)
+    for norm in NORMS:
+        assert {walk for *_, walk in line_cases(norm, values)} == {"rows", "columns"}
+
+
+@pytest.mark.parametrize("kind", DATA)
+@pytest.mark.parametrize("norm", ["batch", "layer", "rms", "axes"])
+def test_a_million_elements(rng, norm, kind):
+    """The longest sets, alone (shared between threads) and beside a second one."""
+    values = lines(rng, 1_000_000, (kind,), (0.0, 1e6))
+    for case, x, _ in line_cases(norm, values):
+        check(rng, case, x, backward=False)
+    for case, x, _ in line_cases(norm, values[1:])[:1]:
+        check(rng, case, x)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("ratio", [1.0, 1e6])
+def test_columns(rng, lanes, ratio):
+    """Lanes and rows around every edge of the columns walk: one block, several blocks, merged lanes, inner sets."""
+    for rows in ROWS:
+        x = random(rng, (2, rows, lanes), ratio)
+        check(rng, Case("axes", x.shape, {"axes": (1,)}), x)
+        check(rng, Case("axes", x.shape, {"axes": (0, 1)}), x)
+        check(rng, Case("batch", x.shape, {"channel_axis": 2}), x)
+        check(rng, Case("axes", x.shape, {"axes": (0, 1)}, parameter=(lanes,)), x)
+        for groups in {g for g in (1, 2, 3, lanes // 2) if g and lanes % g == 0 and rows * lanes > g}:
+            check(rng, Case("group", x.shape, {"num_groups": groups, "channel_axis": 2}), x)
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5, 32, 33])
+@pytest.mark.parametrize("run", [1, 2, 3, 4, 7, 16, 31, 32, 33, 49, 196, 511, 513, 2047, 2049])
+def test_runs(rng, runs, run):
+    """A set of several contiguous runs: short ones share a leaf, long ones have leaves of their own."""
+    for ratio in (1.0, 1e6):
+        x = random(rng, (runs, 3, run)) + np.float32(ratio)
+        check(rng, Case("batch", x.shape, {"channel_axis": 1}), x)
+        check(rng, Case("axes", x.shape, {"axes": (0, 2)}), x)
+
+
+@pytest.mark.parametrize("kind", DATA)
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("n", [2, 3])
+def test_tiny_sets(rng, kind, ratio, n):
+    """Two or three elements of many sets, where xhat tells only which is larger, and dx is what is left over."""
+    x = np.concatenate([lines(rng, n, (kind,), (ratio,)) * np.float32(s) for s in 10.0 ** np.linspace(-3, 3, 50)])
+    for norm in NORMS:
+        for case, arranged, _ in line_cases(norm, x):
+            check(rng, case, arranged)
+            check(rng, case, arranged, eps=1e-12)
+
+
+# --- constant sets --------------------------------------------------------------------------------------------------
+
+CONSTANTS = (0.0, 1.0, -1.0, 0.1, 1e6 / 3, -1e6 / 7, 1e30, -1e-30, 3e38, -3.4028235e38, 1e-40, 1.4e-45)
+
+
+@pytest.mark.parametrize("norm", [norm for norm in NORMS if NORMS[norm].center])
+@pytest.mark.parametrize("n", [n for n in LENGTHS if n < 5000] + [100_001])
+def test_constant_sets_give_exactly_beta(rng, norm, n):
+    values = np.repeat(np.array(CONSTANTS, np.float32)[:, None], n, axis=1)
+    for case, x, _ in line_cases(norm, values):
+        for scale in (1.0, 100.0):
+            weight, bias = case.parameters(rng, scale)
+            y = case.plain(x, weight, bias, eps=EPS)
+            beta = np.broadcast_to(bias.reshape(case.sets.parameter), case.sets.view)
+            np.testing.assert_array_equal(y.reshape(case.sets.view), beta)
+            np.testing.assert_array_equal(case.plain(x, weight, eps=1e-12), np.zeros(case.shape))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_constant_sets_with_zero_eps(norm):
+    """0 / 0: NaN, as IEEE division gives it; without a mean to subtract, only zeros have no scale."""
+    values = np.repeat(np.array([0.0, 7.0], np.float32)[:, None], 50, axis=1)
+    for case, x, _ in line_cases(norm, values):
+        expected = np.full(case.shape, np.nan) if case.row.center else np.where(x == 0, np.nan, 1.0)
+        np.testing.assert_array_equal(case.plain(x, eps=0.0), expected)
+
+
+# --- magnitudes -----------------------------------------------------------------------------------------------------
+
+
+def magnitudes(rng, n):
+    """Sets of n at the far ends of float32, and how each is built."""
+    normal = rng.standard_normal(n)
+    uniform = np.append(rng.uniform(-1, 1, n - 2), [1.0, -1.0])
+    one_side = np.full(n, -0.99)
+    one_side[n // 2] = 1.0
+    largest = float(np.finfo(np.float32).max)
+    return {
+        "1e30": 1e30 * normal,
+        "1e30 around 1e36": 1e30 * normal + 1e36,
+        "1e-30": 1e-30 * normal,
+        "1e-30 around 1e-26": 1e-30 * normal + 1e-26,
+        "3e38": 3e38 * uniform,
+        "the largest": largest * uniform,
+        "all near the largest": largest * (1 - 1e-3 * rng.uniform(0, 1, n)),
+        "one against all": largest * one_side,  # the deviation itself overflows float32
+        "outlier of 3e38": np.append(3e38, normal[1:]),
+        "outlier of -1e25 at the end": np.append(normal[1:], -1e25),
+        "1e-38": 1e-38 * normal,
+        "1e-18": 1e-18 * normal,  # the squares are subnormal
+        "1e19": 2e19 * normal,  # the squares overflow
+    }
+
+
+MAGNITUDES = tuple(magnitudes(np.random.default_rng(0), 4))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("n", [2, 3, 7, 33, 515, 2050, 7001])
+def test_magnitudes(rng, norm, n):
+    """eps = 0, so that the smallest are normalized too; with eps they and the largest are as the formula says."""
+    values = np.array(list(magnitudes(rng, n).values())).astype(np.float32)
+    assert np.isfinite(values).all()
+    for case, x, _ in line_cases(norm, values):
+        for eps in (0.0, EPS):
+            check(rng, case, x, eps=eps, backward=False)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("n", [3, 33, 2050])
+@pytest.mark.parametrize("kind", MAGNITUDES)
+def test_magnitudes_backward(rng, norm, n, kind):
+    """dy of a scale that leaves dx a normal number of float32: rstd goes from 1e-39 to 1e38."""
+    values = np.array([magnitudes(rng, n)[kind] for _ in range(4)]).astype(np.float32)
+    for case, x, _ in line_cases(norm, values):
+        scale = float(np.median(np.abs(case.exact_statistics(x, 0.0)[1])))
+        check(rng, case, x, eps=0.0, dy_scale=min(max(1e-8, 1 / scale), 1e8))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("n", [2, 3, 33, 515, 2050])
+def test_subnormal_data(rng, norm, n):
+    """Subnormal x is normalized like any other, and with eps it gives the (normal or subnormal) y of the formula."""
+    values = (rng.standard_normal((6, n)) * np.array([1e-38, 1e-39, 1e-40, 1e-41, 1e-42, 1e-42])[:, None]).astype(np.float32)
+    tiny = np.finfo(np.float32).smallest_normal
+    assert (np.abs(values[2:]) < tiny).all()
+    for case, x, _ in line_cases(norm, values):
+        check(rng, case, x, eps=0.0, backward=False)
+        y = case.plain(x, eps=1.0)
+        deviation = x.reshape(case.sets.view) - case.exact_statistics(x, 1.0)[0]
+        lost = (y.reshape(case.sets.view) == 0) & (np.abs(deviation) > tiny * 2.0**-22)
+        assert not lost.any(), "subnormal results were flushed to zero"
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_subnormal_parameters_and_gradients(rng, norm):
+    """gamma and dy of 1e-41 give subnormal y and dx, not zeros."""
+    for case, x, _ in line_cases(norm, random(rng, (6, 300))):
+        weight, bias = case.parameters(rng)
+        dy = random(rng, case.shape)
+        small_weight, small_dy = weight * np.float32(1e-41), dy * np.float32(1e-41)
+        y, mean, rstd = case.forward(x, small_weight)
+        assert (np.abs(y[y != 0]) < np.finfo(np.float32).smallest_normal).all()
+        assert np.count_nonzero(y) > 0.9 * y.size
+        dx, dweight, dbias = case.backward(small_dy, x, mean, rstd)
+        assert np.count_nonzero(dx) > 0.9 * dx.size
+        assert all(d is None or np.count_nonzero(d) > 0.9 * d.size for d in (dweight, dbias))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e6, 1e20, 1e30])
+def test_scales_of_parameters(rng, norm, scale):
+    for case, x, _ in line_cases(norm, lines(rng, 515, ("normal", "sorted"), (0.0, 1e6))):
+        check(rng, case, x, scale)
+
+
+# --- NaN and infinity -----------------------------------------------------------------------------------------------
+
+
+def per_set(case, a):
+    """One row for each set."""
+    axes, view = case.sets.axes, case.sets.view
+    kept = [i for i in range(len(view)) if i not in axes]
+    return a.reshape(view).transpose(*kept, *axes).reshape(-1, case.set_size)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("n", [3, 31, 33, 515, 2050])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_stay_in_their_set(rng, norm, n, poison):
+    values = lines(rng, n, ("normal",), (0.0, 1.0, 1e6, 0.0, 1.0))
+    for at in (0, n // 2, n - 1):
+        poisoned = values.copy()
+        poisoned[2, at] = poison
+        for (case, clean_x, _), (_, x, _) in zip(line_cases(norm, values), line_cases(norm, poisoned)):
+            assert np.count_nonzero(~np.isfinite(per_set(case, x))) == 1
+            hit = ~np.isfinite(per_set(case, x)).all(axis=1)
+            weight, bias = case.parameters(rng)
+            dy = random(rng, case.shape)
+            clean, dirty = ([*case.forward(a, weight, bias)] for a in (clean_x, x))
+            for result in (clean, dirty):
+                result[1:] = [np.zeros(case.statistics_shape) if a is None else a for a in result[1:]]
+            y = per_set(case, dirty[0])
+            assert np.isnan(y[hit]).all() if case.row.center else np.isnan(y[hit, at if y.shape[1] == n else 0]).any()
+            bounds.assert_same_bits(y[~hit], per_set(case, clean[0])[~hit])
+            for a, b in zip(clean[1:], dirty[1:]):
+                bounds.assert_same_bits(a.reshape(-1)[~hit], b.reshape(-1)[~hit])
+            clean_gradients, dirty_gradients = (
+                case.backward(dy, a, *statistics[1:], weight) for a, statistics in ((clean_x, clean), (x, dirty))
+            )
+            dx, clean_dx = (per_set(case, g[0]) for g in (dirty_gradients, clean_gradients))
+            assert np.isnan(dx[hit]).any()
+            bounds.assert_same_bits(dx[~hit], clean_dx[~hit])
+            same_parameter_gradients(case, hit, clean_gradients, dirty_gradients)
+
+
+def same_parameter_gradients(case, hit, clean, dirty):
+    """Only parameters that the poisoned set uses may differ."""
+    _, axes, parameter = case.sets
+    used = np.zeros(case.sets.view, bool)
+    kept = [i for i in range(len(case.sets.view)) if i not in axes]
+    rows = used.transpose(*kept, *axes)
+    rows[...] = hit.reshape([case.sets.view[i] for i in kept] + [1] * len(axes))
+    lacking = tuple(i for i, extent in enumerate(parameter) if extent == 1)
+    untouched = ~used.any(axis=lacking, keepdims=True)
+    for a, b in zip(clean[1:], dirty[1:]):
+        if a is not None:
+            bounds.assert_same_bits(a.reshape(parameter)[untouched], b.reshape(parameter)[untouched])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_poisoned_dy_stays_in_its_set(rng, norm, poison):
+    for case, x, _ in line_cases(norm, lines(rng, 515, ("normal",), (0.0, 1.0, 1e6, 0.0))):
+        weight, _ = case.parameters(rng)
+        _, mean, rstd = case.forward(x)
+        dy = random(rng, case.shape)
+        dirty = dy.copy()
+        dirty.reshape(-1)[x.size // 2] = poison
+        hit = ~np.isfinite(per_set(case, dirty)).all(axis=1)
+        assert np.count_nonzero(hit) == 1
+        clean_gradients, dirty_gradients = (case.backward(a, x, mean, rstd, weight) for a in (dy, dirty))
+        dx, clean_dx = (per_set(case, g[0]) for g in (dirty_gradients, clean_gradients))
+        assert np.isnan(dx[hit]).any()
+        bounds.assert_same_bits(dx[~hit], clean_dx[~hit])
+        same_parameter_gradients(case, hit, clean_gradients, dirty_gradients)
+
+
+@pytest.mark.parametrize("norm", [norm for norm in NORMS if NORMS[norm].evaluation is not None])
+def test_poison_in_evaluation_stays_an_element(rng, norm):
+    """Given statistics, nothing is shared: only the element itself is lost."""
+    case = Case(norm, (3, 4, 50), {"channel_axis": 1}, training=False)
+    x, running = random(rng, case.shape), case.running(rng)
+    more = {"running_mean": running[0], "running_var": running[1]}
+    clean = case.plain(x, **more)
+    x[1, 2, 33] = np.nan
+    y = case.plain(x, **more)
+    assert np.isnan(y[1, 2, 33]) and np.count_nonzero(np.isnan(y)) == 1
+    bounds.assert_same_bits(y[~np.isnan(y)], clean[~np.isnan(y)])
+
+
+# --- the floating-point environment ---------------------------------------------------------------------------------
+
+ENVIRONMENT = """
+import ctypes, platform, sys
+import numpy as np
+
+def environment():
+    "Rounding, and on x86 the control bits of the SSE unit: flush to zero, denormals are zero, masks."
+    libm = ctypes.CDLL(None)
+    state = (ctypes.c_uint32 * 16)()
+    assert libm.fegetenv(state) == 0
+    control = (state[7] & ~0x3F, state[0] & 0xFFFF) if platform.machine() in ("x86_64", "AMD64") else ()
+    return libm.fegetround(), control, float(np.float32(1e-40) * np.float32(0.5)) != 0.0, np.geterr()
+
+before = environment()
+import normkit as nk
+assert environment() == before, (before, environment())
+x = np.full((64, 4096), np.nan, np.float32)
+for threads in (1, 2):
+    nk.set_num_threads(threads)
+    for poison in (np.nan, np.inf, 1e-40, 3e38, 1.0):
+        x[...] = poison
+        x[:, ::2] *= -1
+        y, mean, rstd = nk.layer_norm_forward(x, 4096)
+        nk.layer_norm_backward(y, x, mean, rstd, 4096)
+        nk.batch_norm(x, training=True)
+        assert environment() == before, (before, environment())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the environment through glibc's fegetenv")
+def test_environment_in_a_fresh_process():
+    """Neither the import nor a call changes rounding, flushing or masks; subnormals still work in NumPy afterwards."""
+    run = subprocess.run([sys.executable, "-c", ENVIRONMENT], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_flushing_would_be_seen():
+    """The probe of the test above does read the bit that fast-math sets (x86)."""
+    if platform.machine() not in ("x86_64", "AMD64") or not sys.platform.startswith("linux"):
+        pytest.skip("x86 under glibc")
+    libm, state = ctypes.CDLL(None), (ctypes.c_uint32 * 16)()
+    assert libm.fegetenv(state) == 0
+    kept = state[7]
+    assert not kept & 0x8040, "flush to zero or denormals-are-zero is set in the test process"
+    try:
+        state[7] = kept | 0x8040
+        assert libm.fesetenv(state) == 0
+        flushed = float(np.float32(1e-40) * np.float32(0.5)) == 0.0
+    finally:
+        state[7] = kept
+        assert libm.fesetenv(state) == 0
+    assert flushed
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38, 1e-40, 0.0])
+def test_numpy_error_state_is_not_consulted(rng, value):
+    """IEEE results come without warnings or errors, whatever np.errstate says, and it stays what it was."""
+    x = random(rng, (8, 100))
+    x[3, 5] = value
+    x[4] = value
+    with np.errstate(all="raise"):
+        state = np.geterr()
+        y, mean, rstd = nk.layer_norm_forward(x, 100, eps=0.0)
+        nk.layer_norm_backward(x, x, mean, rstd, 100)
+        assert np.geterr() == state
+        assert float(np.float64(1.0) + y[0, 0]) == 1.0 + float(y[0, 0])
+    with np.errstate(over="raise"), pytest.raises(FloatingPointError):
+        np.float32(3e38) * np.float32(10)

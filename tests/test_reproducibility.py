@@ -1,0 +1,318 @@
+"""Same bits: for any threads, schedule, instruction set and batch; and the hook proves that the paths differed."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+
+import bounds
+import numpy as np
+import pytest
+from cases import NORMS, Case, channels_last, ids, layouts, permuted, random, shifted
+
+import normkit as nk
+from normkit import _core, _debug
+
+EPS = 1e-5
+THREADS = (1, 2, 3, 8)
+
+# Several leaves in each set or several blocks in each parameter gradient, several units of work, and few sets too.
+BIG = [
+    Case("batch", (4, 6, 40, 41), {"channel_axis": 1}),
+    Case("batch", (4, 6, 40, 41), {"channel_axis": 1}, "channels last"),
+    Case("batch", (1, 3, 150, 151), {"channel_axis": 1}),
+    Case("batch", (3000, 33), {"channel_axis": 1}),
+    Case("batch", (70_001, 1), {"channel_axis": 1}),
+    Case("instance", (2, 3, 90, 91), {"channel_axis": 1}),
+    Case("instance", (2, 3, 90, 91), {"channel_axis": 1}, "channels last"),
+    Case("group", (2, 8, 50, 51), {"num_groups": 2, "channel_axis": 1}),
+    Case("group", (2, 50, 51, 8), {"num_groups": 2, "channel_axis": -1}),
+    Case("group", (1, 6, 5, 30, 31), {"num_groups": 3, "channel_axis": 1}, "channels last"),
+    Case("layer", (600, 97), {"normalized_shape": (97,)}),
+    Case("layer", (2, 30_011), {"normalized_shape": (30_011,)}),
+    Case("layer", (3, 5, 40, 41), {"normalized_shape": (5, 40, 41)}, "channels last"),
+    Case("layer", (300, 130), {"normalized_shape": (130,)}, "F"),
+    Case("rms", (600, 97), {"normalized_shape": (97,)}),
+    Case("rms", (1, 60_011), {"normalized_shape": (60_011,)}),
+    Case("axes", (6, 50, 150), {"axes": (0, 2)}),
+    Case("axes", (50, 6, 130), {"axes": (0,)}, parameter=(6, 130)),
+    Case("axes without center", (6, 50, 150), {"axes": (0, 2)}, parameter=(50, 1)),
+]
+ALL = BIG + [replace(case, training=False) for case in BIG if case.row.evaluation is not None]
+
+
+def everything(case, x, dy, weight, bias, running=None):
+    """All that a forward and a backward give back, as a list of arrays, and the paths they took."""
+    more = {} if running is None else {"running_mean": running[0], "running_var": running[1]}
+    y, mean, rstd = case.forward(x, weight, bias, eps=EPS, **more)
+    paths = [_debug.last_path()]
+    gradients = case.backward(dy, x, mean, rstd, weight)
+    paths.append(_debug.last_path())
+    return [a for a in (y, mean, rstd, *gradients) if a is not None], paths
+
+
+def same(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right):
+        bounds.assert_same_bits(a, b)
+
+
+def example(rng, case):
+    x, dy = case.arrange(random(rng, case.shape, 1e3)), case.arrange(random(rng, case.shape))
+    return x, dy, *case.parameters(rng), None if case.training else case.running(rng)
+
+
+def test_every_norm_is_here():
+    assert {case.norm for case in BIG} == set(NORMS)
+
+
+@pytest.mark.parametrize("case", ALL, ids=ids(ALL))
+def test_same_bits_on_every_path(rng, case):
+    """Every instruction set, with every number of threads, split or not, resident or streamed, both kinds of store."""
+    arguments = example(rng, case)
+    with _debug.force(isa=_debug.isas()[0], threads=1, split=False, resident=False, stream=False):
+        expected, _ = everything(case, *arguments)
+    switches = list(product((False, True), repeat=3))
+    for isa in _debug.isas():
+        for threads in THREADS:
+            for split, resident, stream in switches:
+                forced = {"split": split, "resident": resident, "stream": stream}
+                with _debug.force(isa=isa, threads=threads, **forced):
+                    results, paths = everything(case, *arguments)
+                same(results, expected)
+                for path in paths:
+                    assert path["isa"] == isa
+                    assert path["threads"] <= threads
+                    if case.training:  # evaluation has no moments to share or to keep
+                        assert {name: path[name] for name in forced} == forced
+    same(everything(case, *arguments)[0], expected)
+
+
+def test_threads_are_really_used(rng):
+    """Otherwise the test above would compare one thread with one thread."""
+    for case in BIG:
+        arguments = example(rng, case)
+        for threads in THREADS:
+            with _debug.force(threads=threads, split=True):
+                paths = everything(case, *arguments)[1]
+            assert threads == 1 or max(path["threads"] for path in paths) > 1
+
+
+def test_both_walks_are_here(rng):
+    for norm in NORMS:
+        walks = set()
+        for case in BIG:
+            if case.norm == norm:
+                walks |= {path["walk"] for path in everything(case, *example(rng, case))[1]}
+        assert "rows" in walks
+    assert {path["walk"] for case in BIG for path in everything(case, *example(rng, case))[1]} == {"rows", "columns"}
+
+
+SMALL = layouts(((33, 70), (2, 18, 50), (2, 6, 5, 7), (2, 3, 4, 9, 17)))
+
+
+@pytest.mark.parametrize("case", SMALL, ids=ids(SMALL))
+def test_same_bits_on_every_path_small(rng, case):
+    """The same where tails and short runs are most of the work."""
+    arguments = example(rng, case)
+    expected, _ = everything(case, *arguments)
+    for isa in _debug.isas():
+        for threads, split, resident, stream in ((1, 0, 0, 0), (1, 1, 1, 1), (3, 1, 0, 1), (2, 0, 1, 0), (8, 1, 0, 0)):
+            with _debug.force(isa=isa, threads=threads, split=bool(split), resident=bool(resident), stream=bool(stream)):
+                results, paths = everything(case, *arguments)
+            same(results, expected)
+            assert all(path["isa"] == isa for path in paths)
+
+
+@pytest.mark.parametrize("case", ALL, ids=ids(ALL))
+def test_run_to_run(rng, case):
+    arguments = example(rng, case)
+    for threads in (1, None):
+        nk.set_num_threads(threads)
+        expected, _ = everything(case, *arguments)
+        for _ in range(5):
+            same(everything(case, *arguments)[0], expected)
+
+
+@pytest.mark.parametrize("case", BIG, ids=ids(BIG))
+def test_running_statistics(rng, case):
+    """They are results too."""
+    if case.row.evaluation is None:
+        return
+    x = example(rng, case)[0]
+    expected = None
+    for isa, threads, split in product(_debug.isas(), THREADS, (False, True)):
+        running = [np.full(case.weight_shape, 0.5, np.float32) for _ in range(2)]
+        with _debug.force(isa=isa, threads=threads, split=split):
+            case.plain(x, running_mean=running[0], running_var=running[1])
+        expected = expected or running
+        same(running, expected)
+
+
+@pytest.mark.parametrize("case", BIG, ids=ids(BIG))
+def test_alignment_does_not_matter(rng, case):
+    """Nothing is peeled: data that starts anywhere has the bits of data that starts at a cache line."""
+    x, dy, weight, bias, _ = example(rng, case)
+    expected, _ = everything(case, x, dy, weight, bias)
+    order = np.argsort([-stride for stride in x.strides], kind="stable")
+
+    def moved(a):
+        return shifted(np.ascontiguousarray(a.transpose(order))).transpose(np.argsort(order))
+
+    def shift(a):
+        return None if a is None else shifted(a)
+
+    assert moved(x).strides == x.strides and moved(x).ctypes.data % 64
+    same(everything(case, moved(x), moved(dy), shift(weight), shift(bias))[0], expected)
+
+
+# --- alone and in a batch -------------------------------------------------------------------------------------------
+
+PER_SAMPLE = [
+    Case("instance", (9, 5, 33), {"channel_axis": 1}),
+    Case("instance", (9, 5, 33), {"channel_axis": -1}),
+    Case("instance", (5, 3, 50, 51), {"channel_axis": 1}),
+    Case("instance", (5, 3, 50, 51), {"channel_axis": 1}, "channels last"),
+    Case("group", (9, 6, 33), {"num_groups": 2, "channel_axis": 1}),
+    Case("group", (9, 33, 6), {"num_groups": 2, "channel_axis": -1}),
+    Case("group", (5, 8, 50, 51), {"num_groups": 2, "channel_axis": 1}),
+    Case("group", (5, 8, 50, 51), {"num_groups": 2, "channel_axis": 1}, "channels last"),
+    Case("layer", (70, 33), {"normalized_shape": (33,)}),
+    Case("layer", (70, 1025), {"normalized_shape": (1025,)}),
+    Case("layer", (5, 3, 50, 51), {"normalized_shape": (3, 50, 51)}),
+    Case("layer", (5, 3, 50, 51), {"normalized_shape": (3, 50, 51)}, "channels last"),
+    Case("layer", (9, 4, 300), {"normalized_shape": (300,)}),
+    Case("rms", (70, 33), {"normalized_shape": (33,)}),
+    Case("rms", (70, 5000), {"normalized_shape": (5000,)}),
+    Case("rms", (9, 4, 300), {"normalized_shape": (300,)}),
+    Case("axes", (9, 40, 50), {"axes": (1,)}),
+    Case("axes without center", (9, 40, 50), {"axes": (1,)}),
+]
+
+
+@pytest.mark.parametrize("case", PER_SAMPLE, ids=ids(PER_SAMPLE))
+def test_a_sample_alone_and_in_a_batch(rng, case):
+    """y, mean, rstd and dx do not depend on what else is in the batch, nor on how much."""
+    x, dy, weight, bias, _ = example(rng, case)
+    (y, *statistics), dx = results = batch_results(case, x, dy, weight, bias)
+    assert len(results) == 2
+    for part in (slice(0, 1), slice(2, 3), slice(-1, None), slice(1, 4), slice(None, None, 2), slice(None, None, -1)):
+        alone = replace(case, shape=(len(range(*part.indices(len(x)))), *case.shape[1:]))
+        (other_y, *other_statistics), other_dx = batch_results(alone, x[part], dy[part], weight, bias)
+        bounds.assert_same_bits(other_y, y[part])
+        bounds.assert_same_bits(other_dx, dx[part])
+        for a, b in zip(other_statistics, statistics):
+            bounds.assert_same_bits(a, b[part])
+        copied = np.empty_like(x[part])
+        copied[...] = x[part]
+        bounds.assert_same_bits(alone.plain(copied, weight, bias, eps=EPS), y[part])
+
+
+def batch_results(case, x, dy, weight, bias):
+    y, mean, rstd = case.forward(x, weight, bias, eps=EPS)
+    dx = case.backward(dy, x, mean, rstd, weight)[0]
+    return [a for a in (y, mean, rstd) if a is not None], dx
+
+
+def test_every_norm_without_the_batch_in_its_sets_is_here():
+    assert {case.norm for case in PER_SAMPLE} == {norm for norm in NORMS if NORMS[norm].per_sample}
+
+
+def test_channels_alone_and_together(rng):
+    """What holds for samples holds for the channels of batch norm in NCHW: no set knows of another."""
+    x = random(rng, (4, 7, 40, 41), 1e3)
+    y = nk.batch_norm(x, training=True)
+    for channel in range(7):
+        alone = nk.batch_norm(x[:, channel : channel + 1].copy(), training=True)
+        bounds.assert_same_bits(alone, y[:, channel : channel + 1])
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 4, 8, 16, 17, 64])
+def test_lanes_alone_and_together(rng, lanes):
+    """Columns: the bits of a lane do not depend on how many lanes lie beside it, as long as there are several."""
+    x = random(rng, (2, 3000, 64), 1e3)
+    y, mean, rstd = nk.instance_norm_forward(x, channel_axis=-1)
+    if lanes == 1:
+        return  # one lane alone is contiguous: another walk, which is promised nothing here
+    part = np.ascontiguousarray(x[:, :, :lanes])
+    other = nk.instance_norm_forward(part, channel_axis=-1)
+    for a, b in zip(other, (y[:, :, :lanes], mean[:, :lanes], rstd[:, :lanes])):
+        bounds.assert_same_bits(a, b)
+
+
+# --- instruction sets -----------------------------------------------------------------------------------------------
+
+
+def in_a_fresh_process(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_instruction_sets():
+    """The best is in force unless one is forced; the baseline is everywhere."""
+    assert len(set(_debug.isas())) == len(_debug.isas()) >= 1
+    assert _core.isa() == os.environ.get("NORMKIT_ISA", _debug.isas()[-1])
+    for isa in _debug.isas():
+        with _debug.force(isa=isa):
+            nk.layer_norm(np.ones((2, 8), np.float32), 8)
+            assert _debug.last_path()["isa"] == isa
+    nk.layer_norm(np.ones((2, 8), np.float32), 8)
+    assert _debug.last_path()["isa"] == _core.isa()
+
+
+DIGEST = """
+import hashlib
+import numpy as np
+import normkit as nk
+from normkit import _core
+rng = np.random.default_rng(0)
+x, dy = (rng.standard_normal((2, 4, 6, 30, 31)) + 1e3).astype(np.float32)
+digest = hashlib.sha256()
+for forward, backward, more in (
+    (nk.batch_norm_forward, nk.batch_norm_backward, {"training": True}),
+    (nk.layer_norm_forward, nk.layer_norm_backward, {"normalized_shape": (6, 30, 31)}),
+):
+    for a, b in ((x, dy), (np.asfortranarray(x), np.asfortranarray(dy))):
+        y, mean, rstd = forward(a, **more)
+        for result in (y, mean, rstd, *backward(b, a, mean, rstd, **more)):
+            digest.update(result.tobytes())
+print(_core.isa(), nk.get_num_threads(), digest.hexdigest())
+"""
+
+
+def test_environment_variables_do_not_change_a_bit():
+    """NORMKIT_ISA and OMP_NUM_THREADS choose the path in a new process, and the bits stay."""
+    digests = set()
+    for isa, threads in zip(_debug.isas(), (1, 2, 3, 1, 2, 3)):
+        run = in_a_fresh_process(DIGEST, NORMKIT_ISA=isa, OMP_NUM_THREADS=str(threads))
+        assert run.returncode == 0, run.stderr
+        chosen, _, digest = run.stdout.split()
+        assert chosen == isa
+        digests.add(digest)
+    assert len(digests) == 1
+
+
+def test_an_unknown_instruction_set_is_an_import_error():
+    run = in_a_fresh_process("import normkit", NORMKIT_ISA="pentium")
+    assert run.returncode != 0
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError")
+    assert all(isa in last for isa in _debug.isas())
+
+
+def test_a_transposed_array_is_not_copied_to_the_same_bits_by_chance(rng):
+    """NCHW and NHWC memory take different walks, so nothing promises equal bits; both are within the bounds."""
+    x = random(rng, (4, 6, 40, 41), 1e3)
+    case = Case("batch", x.shape, {"channel_axis": 1})
+    walks = []
+    for a in (x, channels_last(x), permuted(x, (2, 3, 0, 1))):
+        case.check_forward(case.plain(a), a)
+        walks.append(_debug.last_path()["walk"])
+    assert walks == ["rows", "columns", "columns"]

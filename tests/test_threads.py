@@ -1,0 +1,151 @@
+"""Threads: how many, from where they are called, and that one caller's settings are not another's."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import bounds
+import numpy as np
+import pytest
+from cases import Case, random
+
+import normkit as nk
+from normkit import _core, _debug
+
+LARGE = Case("batch", (16, 32, 60, 61), {"channel_axis": 1})
+
+
+def test_number_of_threads():
+    default = nk.get_num_threads()
+    assert default >= 1
+    for n in (1, 2, 3, 8, 100):
+        nk.set_num_threads(n)
+        assert nk.get_num_threads() == n
+    nk.set_num_threads(None)
+    assert nk.get_num_threads() == default
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_default_number_of_threads(n):
+    """OMP_NUM_THREADS, and all cores without it."""
+    code = "import normkit as nk; d = nk.get_num_threads(); nk.set_num_threads(7); nk.set_num_threads(None); "
+    code += "print(d, nk.get_num_threads())"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(n)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout.split() == [str(n if _core.max_threads() > 1 or n == 1 else 1)] * 2
+    del environment["OMP_NUM_THREADS"]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout.split() in ([str(len(os.sched_getaffinity(0)))] * 2, ["1"] * 2)
+
+
+def test_large_work_is_shared_and_small_work_is_not(rng):
+    small = random(rng, (4, 8))
+    large = random(rng, LARGE.shape)
+    for n in (1, 2, 3, 8):
+        nk.set_num_threads(n)
+        nk.layer_norm(small, 8)
+        assert _debug.last_path()["threads"] == 1
+        LARGE.plain(large)
+        assert _debug.last_path()["threads"] == n
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("batch", (1, 3, 500, 501), {"channel_axis": 1}),
+        Case("layer", (1, 1_000_000), {"normalized_shape": (1_000_000,)}),
+        Case("group", (1, 300, 301, 4), {"num_groups": 1, "channel_axis": -1}),
+    ],
+    ids=str,
+)
+def test_a_set_is_shared_when_sets_are_few(rng, case):
+    """Fewer sets than threads: the set itself is split."""
+    x, dy = random(rng, case.shape, 10.0), random(rng, case.shape)
+    nk.set_num_threads(8)
+    y, mean, rstd = case.forward(x)
+    assert _debug.last_path()["split"] and _debug.last_path()["threads"] > 1
+    case.check_forward(y, x, statistics=(mean, rstd))
+    gradients = case.backward(dy, x, mean, rstd)
+    assert _debug.last_path()["split"] and _debug.last_path()["threads"] > 1
+    case.check_backward(gradients, dy, x)
+
+
+def test_calls_from_many_python_threads(rng):
+    """The functions may be called at the same time, each call with threads of its own, and the bits stay."""
+    cases = [
+        LARGE,
+        Case("layer", (500, 700), {"normalized_shape": (700,)}),
+        Case("group", (4, 30, 31, 8), {"num_groups": 2, "channel_axis": -1}),
+    ]
+    data = [(case, random(rng, case.shape, 10.0), random(rng, case.shape)) for case in cases]
+
+    def work(case, x, dy):
+        y, mean, rstd = case.forward(x)
+        return [y, mean, rstd, *case.backward(dy, x, mean, rstd)]
+
+    expected = [work(*arguments) for arguments in data]
+    with ThreadPoolExecutor(6) as pool:
+        futures = [(i, pool.submit(work, *data[i])) for _ in range(8) for i in range(len(data))]
+        for i, future in futures:
+            for a, b in zip(future.result(), expected[i]):
+                bounds.assert_same_bits(a, b)
+
+
+def test_the_interpreter_is_free_during_a_call(rng):
+    """Python runs while a large call does: the lock is released."""
+    x = random(rng, (64, 64, 60, 61))
+    out = np.empty_like(x)
+    case = Case("batch", x.shape, {"channel_axis": 1})
+    start = Barrier(2)
+
+    def call():
+        start.wait()
+        for _ in range(5):
+            case.plain(x, out=out)
+        return True
+
+    with ThreadPoolExecutor(1) as pool:
+        switch = sys.getswitchinterval()
+        # With an interval this long, only a call that lets go of the lock lets this thread run before it is over.
+        sys.setswitchinterval(60.0)
+        try:
+            future = pool.submit(call)
+            start.wait()
+            turns = 0
+            while not future.done():
+                turns += 1
+        finally:
+            sys.setswitchinterval(switch)
+        assert future.result()
+    assert turns > 1
+
+
+def test_forced_paths_belong_to_their_thread(rng):
+    """Overrides of one thread are not seen by another, end with the block, and may be nested."""
+    x = random(rng, (64, 512))
+    first = _debug.isas()[0]
+
+    def isa():
+        nk.layer_norm(x, 512)
+        return _debug.last_path()["isa"]
+
+    with _debug.force(isa=first):
+        assert isa() == first
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(isa).result() == _core.isa()
+        with _debug.force(isa=_core.isa()):
+            assert isa() == _core.isa()
+        assert isa() == first
+    assert isa() == _core.isa()
+    with pytest.raises(KeyError), _debug.force(isa=first):
+        raise KeyError
+    assert isa() == _core.isa()
+
+
+def test_forced_threads_end_with_the_block():
+    nk.set_num_threads(5)
+    with _debug.force(threads=3):
+        assert nk.get_num_threads() == 3
+    assert nk.get_num_threads() == 5
