@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
-import bounds
 import numpy as np
-import reference
 
+import bounds
 import normkit as nk
+import reference
 
 RATIOS = (0.0, 1.0, 1e2, 1e3, 1e4, 1e6)  # |mean| / std
 
@@ -63,17 +63,17 @@ def permuted(a, order):
 
 def channels_last(a):
     """NHWC memory seen as NCHW."""
-    return np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 1, -1)), -1, 1) if a.ndim > 1 else a
+    return np.moveaxis(np.moveaxis(a, 1, -1).copy(), -1, 1) if a.ndim > 1 else a.copy()
 
 
 def channels_first(a):
     """NCHW memory seen as NHWC."""
-    return np.moveaxis(np.ascontiguousarray(np.moveaxis(a, -1, 1)), 1, -1) if a.ndim > 1 else a
+    return np.moveaxis(np.moveaxis(a, -1, 1).copy(), 1, -1) if a.ndim > 1 else a.copy()
 
 
 def negative(a):
     flip = (slice(None, None, -1),) * a.ndim
-    return np.ascontiguousarray(a[flip])[flip]
+    return a[flip].copy()[flip]
 
 
 def strided(a):
@@ -108,9 +108,10 @@ def misaligned(a):
     return view
 
 
+# Each makes a new array.
 MEMORY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "C": np.ascontiguousarray,
-    "F": np.asfortranarray,
+    "C": lambda a: a.copy(order="C"),
+    "F": lambda a: a.copy(order="F"),
     "channels last": channels_last,
     "channels first": channels_first,
     "negative": negative,
@@ -125,7 +126,7 @@ MEMORY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def any_axes(shape, axes):
-    """`normalize`: any sets; here a weight per element of the set, as layer norm has it, unless a case says otherwise."""
+    """`normalize`: any sets; a weight per element of the set, as layer norm has it, unless a case says otherwise."""
     axes = tuple(sorted(axis % len(shape) for axis in axes))
     return reference.Sets(shape, axes, tuple(shape[i] if i in axes else 1 for i in range(len(shape))))
 
@@ -160,7 +161,7 @@ def batch_lines(values):
     found += [((n, sets), {"channel_axis": 1}, values.T, "columns")]
     if n % 3 == 0:
         runs = values.reshape(sets, 3, n // 3).transpose(1, 0, 2)
-        found += [(runs.shape, {"channel_axis": 1}, runs, "rows" if n > 3 else "columns")]
+        found += [(runs.shape, {"channel_axis": 1}, runs, None)]
     return found if n > 1 else []
 
 
@@ -199,7 +200,7 @@ class Norm:
     function: name in normkit; `_forward` and `_backward` are its other two.
     sets: (shape, **options) -> reference.Sets.
     options: shape -> the arguments to try on an array of that shape.
-    lines: (sets, n) array -> the same sets in this norm's layouts, with the walk that each must take.
+    lines: (sets, n) array -> the same sets in this norm's layouts, with the walk that each must take; None: either.
     training, evaluation: what asks for statistics of x, and what for given ones; None if the norm has no evaluation.
     fixed: further arguments of every call.
     """
@@ -291,8 +292,7 @@ class Case:
 
     def parameters(self, rng, scale=1.0):
         """Random weight and bias; bias is None where the norm has none."""
-        weight = (rng.standard_normal(self.weight_shape) * scale).astype(np.float32)
-        bias = (rng.standard_normal(self.weight_shape) * scale).astype(np.float32)
+        weight, bias = (random(rng, self.weight_shape, scale=scale) for _ in range(2))
         return weight, bias if self.row.has_bias else None
 
     def running(self, rng, mean=0.0, dtype=np.float64):
@@ -360,18 +360,24 @@ class Case:
                 assert statistic.dtype == np.float64 and statistic.shape == self.statistics_shape
             bounds.assert_statistics(x.reshape(view), self.expand(got_mean), self.expand(got_rstd), xhat64)
 
-    def check_backward(self, gradients, dy, x, weight=None, eps=1e-5, running=None):
-        """dx, dweight, dbias are within the bounds; only `normalize` without a weight knows no shape for the last two."""
+    def check_backward(self, gradients, dy, x, statistics, weight=None, eps=1e-5, running=None):
+        """dx, dweight, dbias are within the bounds; `normalize` without a weight has no shape for the last two.
+
+        dx is judged against the statistics of x in float64. dweight and dbias are sums of terms, and judged by their
+        terms: those with the statistics (mean, rstd) that backward was given, which are checked where they were made.
+        """
         view, axes, parameter = self.sets
         dx, dweight, dbias = gradients
         dy, x, gamma = dy.reshape(view), x.reshape(view), self._against_view(weight, 1.0)
         mean, rstd = self.exact_statistics(x, eps, running)
-        dx64, *terms = reference.gradient(dy, x, mean, rstd, axes, gamma, self.row.center, self.training)
+        dx64, *_ = reference.gradient(dy, x, mean, rstd, axes, gamma, self.row.center, self.training)
         assert dx.dtype == np.float32 and dx.shape == self.shape
         bounds.assert_dx(dx.reshape(view), dx64, rstd, gamma * dy, axes)
         known = weight is not None or "axes" not in self.options
         assert (dweight is None) == (not known)
         assert (dbias is None) == (not known or not self.row.has_bias)
+        mean, rstd = (0.0 if a is None else self.expand(a) for a in statistics)
+        _, *terms = reference.gradient(dy, x, mean, rstd, axes)
         for gradient, term in zip((dweight, dbias), terms):
             if gradient is not None:
                 assert gradient.dtype == np.float32 and gradient.shape == self.weight_shape

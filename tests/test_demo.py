@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
+ROOT = Path(__file__).parents[1]
 NORMS = ["none", "batch", "layer", "group", "rms"]
 
 
 def load_demo():
-    path = Path(__file__).parents[1] / "examples" / "digits.py"
-    spec = importlib.util.spec_from_file_location("digits_demo", path)
+    spec = importlib.util.spec_from_file_location("digits_demo", ROOT / "examples" / "digits.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -22,6 +23,13 @@ def load_demo():
 
 
 demo = load_demo()
+
+
+@pytest.fixture(autouse=True)
+def one_blas_thread():
+    """As in the demo's main()."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
 
 
 def normalize64(x, center, eps):
@@ -210,3 +218,15 @@ def test_main_on_mnist_files(tmp_path, capsys):
     demo.main(["--mnist", str(tmp_path), "--epochs", "1", "--out", str(tmp_path / "picture.png")])
     assert capsys.readouterr().out.startswith("130 images for training, 20 for testing; 1 epochs at rate 0.5")
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_readme_example():
+    """The lines under "Use it" run as they stand, and give what they name."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["dx"].shape == names["x"].shape
+    assert names["mean"].shape == (32, 8)
+    # dy = y = xhat, so dweight sums xhat squared: 1 on average, but for eps over a group, and nearly over a channel.
+    np.testing.assert_allclose(names["dweight"], 32 * 56 * 56, rtol=0.1)
+    np.testing.assert_allclose(names["dweight"].mean(), 32 * 56 * 56, rtol=1e-4)

@@ -356,7 +356,7 @@ for where, names in (
         bad(where, ValueError, f"needs must name gradients out of {names}, got {needs}", needs=needs)
 message = 'out must be None when needs does not name "x", got an array; it takes dx'
 bad(calls(**BACKWARD), ValueError, message, needs=("weight",))
-message = """needs must name gradients out of "x", "weight", got ('bias',)"""
+message = """needs must name gradients out of "x", "weight", got ['bias']"""
 bad(calls("rms_norm", **BACKWARD), ValueError, message, needs=["bias"])
 
 

@@ -2,13 +2,13 @@
 
 from math import prod
 
-import bounds
 import numpy as np
 import pytest
+
+import bounds
+import normkit as nk
 import reference
 from cases import NORMS, RATIOS, Case, ids, layouts, random, subsets, with_evaluation
-
-import normkit as nk
 
 EPS = 1e-5
 LAYOUTS = layouts()

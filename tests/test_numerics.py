@@ -5,21 +5,20 @@ import platform
 import subprocess
 import sys
 
-import bounds
 import numpy as np
 import pytest
-from cases import DATA, NORMS, RATIOS, Case, any_axes, ids, line_cases, lines, random
 
+import bounds
 import normkit as nk
+from cases import DATA, NORMS, RATIOS, Case, line_cases, lines, random
 from normkit import _debug
 
 EPS = 1e-5
 # Around every vector (4, 8, 16, 32), step (32), block (512) and leaf (2048), and around twice some of them.
 EDGES = (4, 8, 16, 32, 64, 512, 1024, 2048, 4096)
-LENGTHS = sorted({1, 2, 3, 5, 11, 48, 97, 100, 513 + 32, 2048 + 33, 10_000, *(e + d for e in EDGES for d in (-1, 0, 1))})
+LENGTHS = sorted({1, 2, 3, 5, 11, 48, 97, 100, 545, 2081, 10_000, *(e + d for e in EDGES for d in (-1, 0, 1))})
 LANES = (1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65)
 ROWS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 255, 256, 257, 513)
-EVERY = [(norm, line) for norm in NORMS for line in range(3)]
 
 
 def check(rng, case, x, scale=1.0, eps=EPS, dy_scale=1.0, backward=True):
@@ -29,7 +28,7 @@ def check(rng, case, x, scale=1.0, eps=EPS, dy_scale=1.0, backward=True):
     case.check_forward(y, x, weight, bias, eps, (mean, rstd))
     if backward:
         dy = random(rng, case.shape, scale=dy_scale)
-        case.check_backward(case.backward(dy, x, mean, rstd, weight), dy, x, weight, eps)
+        case.check_backward(case.backward(dy, x, mean, rstd, weight), dy, x, (mean, rstd), weight, eps)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -40,13 +39,13 @@ def test_lengths(rng, norm, n):
     for case, x, walk in line_cases(norm, values):
         for scale in (1.0, 100.0):
             check(rng, case, x, scale)
-        assert n < 4 or _debug.last_path()["walk"] == walk
+        assert n < 4 or walk in (None, _debug.last_path()["walk"])
 
 
 def test_lengths_reach_every_norm_and_both_walks(rng):
     values = lines(rng, 12)
     for norm in NORMS:
-        assert {walk for *_, walk in line_cases(norm, values)} == {"rows", "columns"}
+        assert {walk for *_, walk in line_cases(norm, values)} >= {"rows", "columns"}
 
 
 @pytest.mark.parametrize("kind", DATA)
@@ -179,7 +178,8 @@ def test_magnitudes_backward(rng, norm, n, kind):
 @pytest.mark.parametrize("n", [2, 3, 33, 515, 2050])
 def test_subnormal_data(rng, norm, n):
     """Subnormal x is normalized like any other, and with eps it gives the (normal or subnormal) y of the formula."""
-    values = (rng.standard_normal((6, n)) * np.array([1e-38, 1e-39, 1e-40, 1e-41, 1e-42, 1e-42])[:, None]).astype(np.float32)
+    scales = np.array([1e-38, 1e-39, 1e-40, 1e-41, 1e-42, 1e-42])
+    values = (rng.standard_normal((6, n)) * scales[:, None]).astype(np.float32)
     tiny = np.finfo(np.float32).smallest_normal
     assert (np.abs(values[2:]) < tiny).all()
     for case, x, _ in line_cases(norm, values):
@@ -194,7 +194,7 @@ def test_subnormal_data(rng, norm, n):
 def test_subnormal_parameters_and_gradients(rng, norm):
     """gamma and dy of 1e-41 give subnormal y and dx, not zeros."""
     for case, x, _ in line_cases(norm, random(rng, (6, 300))):
-        weight, bias = case.parameters(rng)
+        weight, _ = case.parameters(rng)
         dy = random(rng, case.shape)
         small_weight, small_dy = weight * np.float32(1e-41), dy * np.float32(1e-41)
         y, mean, rstd = case.forward(x, small_weight)
@@ -206,10 +206,21 @@ def test_subnormal_parameters_and_gradients(rng, norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e6, 1e20, 1e30])
-def test_scales_of_parameters(rng, norm, scale):
+@pytest.mark.parametrize("k", [-90, -20, 20, 90])
+def test_powers_of_two_in_parameters_are_exact(rng, norm, k):
+    """gamma and beta times 2^k give y times 2^k, gamma and dy give dx and dweight: at any scale, bit for bit."""
     for case, x, _ in line_cases(norm, lines(rng, 515, ("normal", "sorted"), (0.0, 1e6))):
-        check(rng, case, x, scale)
+        weight, bias = case.parameters(rng)
+        dy = random(rng, case.shape)
+        scaled_weight, scaled_bias = (None if a is None else np.ldexp(a, k) for a in (weight, bias))
+        y, mean, rstd = case.forward(x, weight, bias)
+        bounds.assert_same_bits(case.plain(x, scaled_weight, scaled_bias), np.ldexp(y, k))
+        dx, dweight, dbias = case.backward(dy, x, mean, rstd, weight)
+        bounds.assert_same_bits(case.backward(dy, x, mean, rstd, scaled_weight)[0], np.ldexp(dx, k))
+        for a, b in zip(case.backward(np.ldexp(dy, k), x, mean, rstd, weight), (dx, dweight, dbias)):
+            assert (a is None) == (b is None)
+            if a is not None:
+                bounds.assert_same_bits(a, np.ldexp(b, k))
 
 
 # --- NaN and infinity -----------------------------------------------------------------------------------------------
@@ -239,7 +250,8 @@ def test_nan_and_infinity_stay_in_their_set(rng, norm, n, poison):
             for result in (clean, dirty):
                 result[1:] = [np.zeros(case.statistics_shape) if a is None else a for a in result[1:]]
             y = per_set(case, dirty[0])
-            assert np.isnan(y[hit]).all() if case.row.center else np.isnan(y[hit, at if y.shape[1] == n else 0]).any()
+            # Without a mean, infinity makes rstd 0, and only the element itself 0 * infinity.
+            assert np.isnan(y[hit]).all() if case.row.center else np.isnan(y[hit]).any()
             bounds.assert_same_bits(y[~hit], per_set(case, clean[0])[~hit])
             for a, b in zip(clean[1:], dirty[1:]):
                 bounds.assert_same_bits(a.reshape(-1)[~hit], b.reshape(-1)[~hit])

@@ -3,9 +3,10 @@
 from fractions import Fraction
 from math import fsum, prod, sqrt
 
-import bounds
 import numpy as np
 import pytest
+
+import bounds
 import reference
 
 # Which set, and which weight, the element at `index` belongs to, written without any reshape.
@@ -55,9 +56,7 @@ def test_examples_cover_every_norm():
 @pytest.mark.parametrize(("norm", "shape", "options"), EXAMPLES)
 def test_loops_over_plain_numbers(rng, norm, shape, options):
     sets, x, _, weight, bias = example(rng, norm, shape, options)
-    y, _ = reference.normalize(
-        x, *reference.statistics(x, sets.axes, 0.25, center=norm != "rms"), weight, bias
-    )
+    y, _ = reference.normalize(x, *reference.statistics(x, sets.axes, 0.25, center=norm != "rms"), weight, bias)
     x, y, members = x.reshape(shape), y.reshape(shape), {}
     for i in np.ndindex(shape):
         members.setdefault(LOOPS[norm](i, shape, options)[0], []).append(float(x[i]))

@@ -111,12 +111,14 @@ bool to_axis(index_t axis, int ndim, int* out) {
 bool to_spec(int norm, py::handle o, const View& x, Spec* spec) {
     if (norm < 0 || norm >= kNormCount || !x.given()) return false;
     spec->norm = static_cast<Norm>(norm);
+    if (spec->norm == Norm::batch || spec->norm == Norm::instance) {
+        const auto axis = to_index(o);
+        return axis && to_axis(*axis, x.ndim, &spec->channel_axis);
+    }
     index_t values[kMaxDims];
     const int n = to_indices(o, values);
     if (n < 1) return false;
     switch (spec->norm) {
-        case Norm::batch:
-        case Norm::instance: return n == 1 && to_axis(values[0], x.ndim, &spec->channel_axis);
         case Norm::group:
             spec->num_groups = values[0];
             return n == 2 && to_axis(values[1], x.ndim, &spec->channel_axis);
@@ -140,7 +142,7 @@ bool to_spec(int norm, py::handle o, const View& x, Spec* spec) {
 
 // torch's rule: None stands for the machine epsilon of float32.
 std::optional<double> to_eps(const Spec& spec, py::handle o) {
-    if (o.is_none() && (spec.norm == Norm::rms || spec.norm == Norm::axes_rms)) return 0x1p-23;
+    if (o.is_none() && spec.norm == Norm::rms) return 0x1p-23;
     return to_double(o);
 }
 
@@ -325,6 +327,22 @@ py::object py_moments(int norm, py::handle x, py::handle spec_object) {
     return py::make_tuple(mean, m2);
 }
 
+bool py_copy(py::handle from, py::handle to, bool stream) {
+    View source, target;
+    if (!to_view(from, &source) || !to_view(to, &target, true)) return false;
+    for (const View* v : {&source, &target}) {
+        index_t stride = sizeof(float);
+        for (int d = v->ndim - 1; d >= 0; --d) {
+            if (v->strides[d] != stride) return false;
+            stride *= v->shape[d];
+        }
+        if (v->dtype != Dtype::float32 || v->size() != source.size()) return false;
+    }
+    py::gil_scoped_release released;
+    copy(static_cast<const float*>(source.data), static_cast<float*>(target.data), source.size(), stream);
+    return true;
+}
+
 void py_force(py::handle isa_object, int split, int resident, int stream) {
     const char* name = nullptr;
     if (!isa_object.is_none()) {
@@ -374,6 +392,8 @@ PYBIND11_MODULE(_core, m) {
     m.def("evaluate", py_evaluate);
     m.def("backward", py_backward);
     m.def("moments", py_moments);
+
+    m.def("copy", py_copy);
 
     m.def("set_num_threads", set_num_threads);
     m.def("get_num_threads", get_num_threads);

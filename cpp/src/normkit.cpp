@@ -19,7 +19,7 @@ struct Range {
 Range range_of(const View& v) {
     const char *low = static_cast<const char*>(v.data), *high = low;
     for (int d = 0; d < v.ndim; ++d) {
-        if (v.shape[d] == 0) return {low, low};
+        if (v.shape[d] == 0) return {nullptr, nullptr};
         const index_t reach = (v.shape[d] - 1) * v.strides[d];
         (reach < 0 ? low : high) += reach;
     }
@@ -30,6 +30,18 @@ bool overlap(const View& a, const View& b) {
     if (!a.given() || !b.given()) return false;
     const Range ra = range_of(a), rb = range_of(b);
     return ra.begin < rb.end && rb.begin < ra.end;
+}
+
+// Statistics as the core takes them: `count` doubles in a row.
+View statistics_view(const double* data, index_t count) {
+    View v;
+    if (!data) return v;
+    v.data = const_cast<double*>(data);
+    v.dtype = Dtype::float64;
+    v.ndim = 1;
+    v.shape[0] = count;
+    v.strides[0] = sizeof(double);
+    return v;
 }
 
 bool same(const View& a, const View& b) {
@@ -43,6 +55,7 @@ bool same(const View& a, const View& b) {
 // Whether no two elements share memory: going up in stride, each axis must step over all that lies inside it.
 // Sufficient, and necessary for every array one is likely to write to.
 bool writable_once(const View& v) {
+    if (v.size() == 0) return true;  // NumPy gives empty arrays strides of zero
     bool done[kMaxDims] = {};
     index_t inside = v.dtype == Dtype::float64 ? 8 : 4;
     for (int n = 0; n < v.ndim; ++n) {
@@ -250,7 +263,12 @@ bool backward(const Spec& spec, const Backward& args) {
     if (!add_parameter(spec, args.weight, args.x, kWeight, &p)) return false;
     if (!args.rstd || (p.center && !args.mean)) return false;
     if (args.constant_statistics && spec.norm != Norm::batch && spec.norm != Norm::instance) return false;
-    if (!result_fits(args.dx, {&args.x, &args.dy}, {&args.weight})) return false;
+    index_t sets = 1;
+    for (int i = 0; i < p.axes.n; ++i) {
+        if (!p.axes.axis[i].reduced) sets *= p.axes.axis[i].extent;
+    }
+    const View mean = statistics_view(p.center ? args.mean : nullptr, sets), rstd = statistics_view(args.rstd, sets);
+    if (!result_fits(args.dx, {&args.x, &args.dy}, {&args.weight, &mean, &rstd})) return false;
     if (args.dx.given() && overlap(args.dx, args.x) && overlap(args.dx, args.dy) && !same(args.x, args.dy)) return false;
 
     const index_t parameters = add_gradient(spec, args.weight, args.x, &p);

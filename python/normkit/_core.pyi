@@ -5,20 +5,12 @@ answer None, having changed nothing, when an argument is not acceptable. That is
 `stats`, RMS gives (y, rstd) and every other norm (y, mean, rstd).
 """
 
-from typing import Literal, TypedDict, overload
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-class Path(TypedDict):
-    """What the last call of this thread ran through."""
-
-    walk: Literal["rows", "columns"]
-    isa: str
-    threads: int
-    split: bool
-    resident: bool
-    stream: bool
+from ._debug import Path
 
 __version__: str
 

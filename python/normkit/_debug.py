@@ -6,12 +6,23 @@ None of these settings changes a bit of any result; they change only how it is r
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import local
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
-from ._core import Path, get_num_threads, isas, last_path, set_num_threads
 from ._core import force as _force
+from ._core import get_num_threads, isas, last_path, set_num_threads
 
 __all__ = ["Path", "force", "isas", "last_path"]
+
+
+class Path(TypedDict):
+    """What the last forward or backward of this thread ran through, as `last_path()` tells it."""
+
+    walk: Literal["rows", "columns"]
+    isa: str
+    threads: int
+    split: bool
+    resident: bool
+    stream: bool
 
 
 class _Settings(NamedTuple):

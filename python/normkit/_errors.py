@@ -41,7 +41,7 @@ _RUNNING = _Kind(("float32", "float64"), "create it with np.zeros or np.ones")
 _OUT = _Kind(("float32",), "create it with np.empty_like(x)")
 
 
-# ---- one kind of argument ----------------------------------------------------------------------------------------
+# ---- one kind of argument --------------------------------------------------------------------------------------------
 
 
 def _array(name: str, value: object, kind: _Kind) -> Array:
@@ -159,6 +159,8 @@ def _apart(name: str, array: Array, others: dict[str, Array], may_be: tuple[str,
 def _writable(name: str, array: Array, way: str) -> None:
     if not array.flags.writeable:
         raise ValueError(f"{name} must be writable, got a read-only array; {way}")
+    if array.size == 0:
+        return
     # No two elements share memory where, going up in stride, each axis steps over all that lies inside it.
     inside = array.itemsize  # bytes
     for stride, n in sorted((abs(stride), n) for stride, n in zip(array.strides, array.shape, strict=True)):
@@ -176,7 +178,7 @@ def _out(out: object, shape: Shape, inputs: dict[str, Array], may_be: tuple[str,
     _apart("out", array, inputs, may_be)
 
 
-# ---- one norm ----------------------------------------------------------------------------------------------------
+# ---- one norm --------------------------------------------------------------------------------------------------------
 
 
 class _Sets(NamedTuple):
@@ -252,7 +254,7 @@ _NORMS = {
 }
 
 
-# ---- one operation of the core: raises, always -------------------------------------------------------------------
+# ---- one operation of the core: raises, always -----------------------------------------------------------------------
 
 
 def explain_forward(
@@ -349,15 +351,15 @@ def _unexplained() -> NoReturn:
     )
 
 
-# ---- arguments that never reach the core -------------------------------------------------------------------------
+# ---- arguments that never reach the core -----------------------------------------------------------------------------
 
 
 def explain_needs(needs: object, names: tuple[str, ...]) -> NoReturn:
     allowed = ", ".join(f'"{name}"' for name in names)
     if isinstance(needs, str) or not isinstance(needs, Iterable):
         came = f'"{needs}"' if isinstance(needs, str) else type(needs).__name__
-        raise TypeError(f"needs must be a tuple of names out of {allowed}, got {came}")
-    raise ValueError(f"needs must name gradients out of {allowed}, got {needs}")
+        raise TypeError(f"needs must be a tuple of names out of {allowed}, got {came}") from None
+    raise ValueError(f"needs must name gradients out of {allowed}, got {needs}") from None
 
 
 def thread_count(n: object) -> int:

@@ -28,12 +28,15 @@ _ALL_RMS = ("x", "weight")
 
 def _bits(needs: Iterable[str], names: tuple[str, ...]) -> int:
     """Set one bit for each gradient that `needs` names."""
-    if isinstance(needs, str) or not isinstance(needs, Iterable):
+    bits = 0
+    if isinstance(needs, str):  # would be taken letter by letter
         explain_needs(needs, names)
-    wanted = tuple(needs)
-    if any(name not in names for name in wanted):
-        explain_needs(wanted, names)
-    return sum(1 << names.index(name) for name in set(wanted))
+    try:
+        for name in needs:
+            bits |= 1 << names.index(name)
+    except (TypeError, ValueError):
+        explain_needs(needs, names)
+    return bits
 
 
 # ---- batch norm ------------------------------------------------------------------------------------------------------
@@ -263,7 +266,7 @@ def batch_norm_backward(
     [ 2. -2. -2.  2.] [0.] [8.]
     """
     needed = 7 if needs is _ALL else _bits(needs, _ALL)
-    gradients = backward(BATCH, dy, x, mean, rstd, channel_axis, weight, training, needed, out)
+    gradients = backward(BATCH, dy, x, mean, rstd, channel_axis, weight, bool(training), needed, out)
     if gradients is None:
         explain_backward(BATCH, dy, x, mean, rstd, channel_axis, weight, training, needed, out)
     return gradients
@@ -680,7 +683,7 @@ def instance_norm_backward(
     [[[ 1.5 -1.5 -1.5  1.5]]] None [10.]
     """
     needed = 7 if needs is _ALL else _bits(needs, _ALL)
-    gradients = backward(INSTANCE, dy, x, mean, rstd, channel_axis, weight, use_input_stats, needed, out)
+    gradients = backward(INSTANCE, dy, x, mean, rstd, channel_axis, weight, bool(use_input_stats), needed, out)
     if gradients is None:
         explain_backward(INSTANCE, dy, x, mean, rstd, channel_axis, weight, use_input_stats, needed, out)
     return gradients

@@ -103,6 +103,9 @@ std::vector<std::string> available_isas();
 std::string current_isa();
 bool select_isa(const std::string& name);
 
+// Copies n floats with all threads, by ordinary or non-temporal stores: the speed of memory that benchmarks compare with.
+void copy(const float* from, float* to, index_t n, bool stream);
+
 // For tests and bug reports. None of the choices changes a bit of any result.
 struct Choices {                   // -1: as the schedule sees fit; 0: no; 1: yes
     int split = -1;                // share one set among several units of work

@@ -37,4 +37,14 @@ void backward(const Plan& plan, const BackwardCall& call) {
 }
 
 }  // namespace cpu
+
+void copy(const float* from, float* to, index_t n, bool stream) {
+    const auto& kernels = *cpu::isa_in_force().float32;
+    const index_t piece = cpu::kPieceBytes / index_t{sizeof(float)};
+    cpu::parallel_for((n + piece - 1) / piece, get_num_threads(), [&](index_t i) {
+        kernels.copy({reinterpret_cast<const char*>(from + i * piece)}, {reinterpret_cast<char*>(to + i * piece)}, 1,
+                     n - i * piece < piece ? n - i * piece : piece, stream);
+    });
+}
+
 }  // namespace normkit

@@ -78,6 +78,9 @@ struct Kernels {
     // Precondition for sums: rows <= kSumRows.
     void (*backward_down[2][2])(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, double* sum_g,
                                 double* sum_g_xhat, bool stream);
+
+    // y = x: the yardstick of the benchmarks.
+    void (*copy)(In x, Out y, index_t rows, index_t lanes, bool stream);
 };
 
 // One row of the list of instruction sets (isa.cpp).

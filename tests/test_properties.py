@@ -1,0 +1,190 @@
+"""What holds for any shape, axes, memory, scale and data, with examples drawn by hypothesis."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import bounds
+from cases import NORMS, Case, permuted
+from normkit import _debug
+
+common = settings(
+    deadline=None,
+    max_examples=120,
+    derandomize=True,  # the same examples in every run
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+seeds = st.integers(0, 1000)
+
+
+@st.composite
+def cases(draw, norms=tuple(NORMS)):
+    """A norm, its arguments on some shape, and x in some memory order, with some gaps."""
+    norm = draw(st.sampled_from(norms))
+    row = NORMS[norm]
+    extents = st.one_of(st.integers(1, 6), st.sampled_from([7, 8, 9, 16, 17, 31, 32, 33, 65]))
+    shapes = st.lists(extents, min_size=row.least_ndim, max_size=5).map(tuple)
+    shape = draw(shapes.filter(lambda shape: np.prod(shape) < 30_000))
+    if norm.startswith("axes"):
+        axes = draw(st.lists(st.integers(0, len(shape) - 1), min_size=1, unique=True).map(tuple))
+        parameter = tuple(draw(st.sampled_from((1, extent))) for extent in shape)
+        left_away = draw(st.integers(0, parameter_start(parameter)))
+        return Case(norm, shape, {"axes": axes}, parameter=parameter[left_away:])
+    options = [o for o in row.options(shape) if Case(norm, shape, o).set_size >= row.least_set]
+    assume(options)  # there are none where every set would have one element, which raises
+    return Case(norm, shape, draw(st.sampled_from(options)))
+
+
+def parameter_start(parameter):
+    """How many leading axes of extent 1 may be left away."""
+    return next((i for i, extent in enumerate(parameter) if extent != 1), len(parameter))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Float32 data of any scale and offset, in any memory order, some axes with gaps or backwards."""
+
+    seed: int
+    exponent: int
+    ratio: float
+    steps: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def array(self, shape):
+        values = (np.random.default_rng(self.seed).standard_normal(shape) + self.ratio) * 10.0**self.exponent
+        extents = [n * abs(step) for n, step in zip(shape, self.steps)]
+        base = permuted(np.full(extents, np.nan, np.float32), self.order)
+        view = base[(..., *(slice(None, None, step) for step in self.steps))]
+        view[...] = values
+        return view
+
+
+@st.composite
+def recipes(draw, shape):
+    """Drawn instead of the array: hypothesis shows it when an example fails."""
+    return Recipe(
+        draw(seeds),
+        draw(st.integers(-6, 6)),
+        draw(st.sampled_from([0.0, 1.0, -1.0, 1e3, -1e4, 1e6])),
+        tuple(draw(st.sampled_from([1, 1, 1, -1, 2])) for _ in shape),
+        tuple(draw(st.permutations(range(len(shape))))),
+    )
+
+
+def gaussian(seed, shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@common
+@given(st.data())
+def test_bounds(data):
+    """Forward and backward are within the bounds."""
+    case = data.draw(cases())
+    x, dy = (data.draw(recipes(case.shape)).array(case.shape) for _ in range(2))
+    seed, scale = data.draw(seeds), data.draw(st.floats(0.01, 100))
+    weight, bias = case.parameters(np.random.default_rng(seed), scale)
+    eps = data.draw(st.sampled_from([1e-5, 1e-12, 1e-3, 1.0]))
+    y, mean, rstd = case.forward(x, weight, bias, eps=eps)
+    case.check_forward(y, x, weight, bias, eps, (mean, rstd))
+    case.check_backward(case.backward(dy, x, mean, rstd, weight), dy, x, (mean, rstd), weight, eps)
+
+
+@common
+@given(st.data())
+def test_schedule_changes_no_bit(data):
+    """Any schedule on any instruction set has the bits of the automatic one."""
+    case = data.draw(cases())
+    x, dy = (data.draw(recipes(case.shape)).array(case.shape) for _ in range(2))
+    weight, bias = case.parameters(np.random.default_rng(0))
+    forced = {name: data.draw(st.sampled_from([None, False, True])) for name in ("split", "resident", "stream")}
+    isa, threads = data.draw(st.sampled_from(_debug.isas())), data.draw(st.sampled_from([1, 2, 3, 8]))
+
+    def run():
+        y, mean, rstd = case.forward(x, weight, bias)
+        return [y, mean, rstd, *case.backward(dy, x, mean, rstd, weight)]
+
+    expected = run()
+    with _debug.force(isa=isa, threads=threads, **forced):
+        results = run()
+    for a, b in zip(results, expected):
+        assert (a is None) == (b is None)
+        if a is not None:
+            bounds.assert_same_bits(a, b)
+
+
+@common
+@given(st.data())
+def test_powers_of_two_scale_exactly(data):
+    """x * 2^k gives the same y (eps = 0): scaling by a power of two is exact in every step."""
+    case = data.draw(cases())
+    x = gaussian(data.draw(seeds), case.shape)
+    k = data.draw(st.integers(-30, 30))
+    weight, bias = case.parameters(np.random.default_rng(1))
+    assume(case.set_size > 1)
+    y, scaled = (case.plain(a, weight, bias, eps=0.0) for a in (x, np.ldexp(x, k)))
+    bounds.assert_same_bits(y, scaled)
+
+
+@common
+@given(st.data())
+def test_negation_mirrors(data):
+    """-x gives -y where there is no bias."""
+    case = data.draw(cases())
+    x = gaussian(data.draw(seeds), case.shape) + np.float32(data.draw(st.sampled_from([0.0, 1e4])))
+    np.testing.assert_array_equal(case.plain(-x), -case.plain(x))
+
+
+@common
+@given(st.data())
+def test_dx_is_orthogonal(data):
+    """In every set dx sums to zero, and so does dx * xhat (eps = 0): moving or scaling x leaves y as it is."""
+    case = data.draw(cases())
+    assume(case.set_size > 1)
+    x, dy = (gaussian(data.draw(seeds), case.shape) for _ in range(2))
+    _, mean, rstd = case.forward(x, eps=0.0)
+    dx = case.backward(dy, x, mean, rstd)[0]
+    view, axes, _ = case.sets
+    mean64, rstd64 = case.exact_statistics(x, 0.0)
+    xhat = (x.reshape(view).astype(np.float64) - mean64) * rstd64
+    bound = bounds.GRADIENT * rstd64 * np.abs(dy.reshape(view)).max(axes, keepdims=True)
+    dx = dx.reshape(view).astype(np.float64)
+    for against in (np.ones(view), xhat) if case.row.center else (xhat,):
+        total = (dx * against).sum(axes, keepdims=True)
+        bounds.assert_within("sum", total, np.zeros_like(total), bound * np.abs(against).sum(axes, keepdims=True))
+
+
+@common
+@given(st.data())
+def test_what_is_outside_a_set_does_not_matter(data):
+    """Reversing the order of the samples reverses the results, bit by bit."""
+    case = data.draw(cases(norms=tuple(norm for norm in NORMS if NORMS[norm].per_sample)))
+    assume(0 not in case.sets.axes)
+    x, dy = (gaussian(data.draw(seeds), case.shape) for _ in range(2))
+    y, mean, rstd = case.forward(x)
+    backwards = [a[::-1].copy() for a in (x, dy)]
+    other_y, other_mean, other_rstd = case.forward(backwards[0])
+    bounds.assert_same_bits(other_y, y[::-1])
+    bounds.assert_same_bits(other_rstd, rstd[::-1])
+    dx = case.backward(dy, x, mean, rstd)[0]
+    other_dx = case.backward(backwards[1], backwards[0], other_mean, other_rstd)[0]
+    bounds.assert_same_bits(other_dx, dx[::-1])
+
+
+@common
+@given(st.data())
+def test_normalizing_twice_is_normalizing_once(data):
+    """y has mean 0 and variance 1 (eps = 0), as far as the bound of y reaches."""
+    case = data.draw(cases())
+    assume(case.set_size > 1)
+    y = case.plain(gaussian(data.draw(seeds), case.shape), eps=0.0)
+    view, axes, _ = case.sets
+    y = y.reshape(view).astype(np.float64)
+    size = np.maximum(1.0, np.abs(y)).max(axes, keepdims=True)
+    if case.row.center:
+        bounds.assert_within("mean of y", y.mean(axes, keepdims=True), np.zeros_like(size), bounds.FORWARD * size)
+    square = (y**2).mean(axes, keepdims=True)
+    bounds.assert_within("mean square of y", square, np.ones_like(size), 3 * bounds.FORWARD * size**2)
