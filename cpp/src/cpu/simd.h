@@ -100,6 +100,28 @@ NK_INLINE void store_first(char* p, Vec<T> v, int n) {
 #endif
 }
 
+// A vector's lanes as doubles: the first half of them, then the second. For double it is the vector itself.
+template <class T>
+struct Widened {
+    static constexpr int kVectors = sizeof(double) / sizeof(T);
+    Vec<double> v[kVectors];
+};
+template <class T>
+NK_INLINE Widened<T> widened(Vec<T> v) {
+    if constexpr (sizeof(T) == sizeof(double)) {
+        return {{v}};
+    } else if constexpr (kWidth<T> == 16) {
+        return {{__builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), Vec<double>),
+                 __builtin_convertvector(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15), Vec<double>)}};
+    } else if constexpr (kWidth<T> == 8) {
+        return {{__builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3), Vec<double>),
+                 __builtin_convertvector(__builtin_shufflevector(v, v, 4, 5, 6, 7), Vec<double>)}};
+    } else {
+        return {{__builtin_convertvector(__builtin_shufflevector(v, v, 0, 1), Vec<double>),
+                 __builtin_convertvector(__builtin_shufflevector(v, v, 2, 3), Vec<double>)}};
+    }
+}
+
 template <class T>
 struct IndexOf;
 template <>
