@@ -1,6 +1,8 @@
 // Axes, and loop nests over them: the one description of memory that norms, plan and walks share.
 #pragma once
 
+#include <type_traits>
+
 #include "normkit/normkit.h"
 
 namespace normkit {
@@ -17,6 +19,7 @@ struct Axis {
     bool reduced = false;  // belongs to S: its elements share one mean and variance
     index_t stride[kOperands] = {};
 };
+static_assert(std::is_trivially_copyable<Axis>::value, "Nest copies only the axes that it has");
 
 constexpr int kMaxAxes = kMaxDims + 1;  // the channel axis of group norm counts twice
 
@@ -30,10 +33,23 @@ struct Offsets {
     }
 };
 
-// Axes from the outermost to the innermost.
+// Axes from the outermost to the innermost. What lies beyond the n-th is not initialized, nor copied: nests are made and
+// passed around in every call, and all kMaxAxes axes are a kilobyte and a half.
 struct Nest {
     int n = 0;
-    Axis axis[kMaxAxes];
+    union {
+        Axis axis[kMaxAxes];
+    };
+
+    Nest() {}
+    Nest(const Nest& other) : n(other.n) {
+        for (int i = 0; i < n; ++i) axis[i] = other.axis[i];
+    }
+    Nest& operator=(const Nest& other) {
+        n = other.n;
+        for (int i = 0; i < n; ++i) axis[i] = other.axis[i];
+        return *this;
+    }
 
     void push(const Axis& a) { axis[n++] = a; }
     const Axis& inner() const { return axis[n - 1]; }

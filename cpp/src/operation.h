@@ -28,9 +28,9 @@ struct BackwardCall {
     bool constant_statistics = false;
     char* dx = nullptr;             // null: not wanted
     bool in_place = false;
-    index_t parameters = 0;         // length of the gradients; 0: none
-    double* dweight = nullptr;      // null, or zeros, `parameters` of them, to which the gradient is added
-    double* dbias = nullptr;        // null where and only where dweight is
+    index_t parameters = 0;         // length of the gradients; 0: none is wanted
+    float* dweight = nullptr;       // null: not wanted
+    float* dbias = nullptr;
 };
 
 namespace cpu {

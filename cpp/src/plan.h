@@ -28,7 +28,7 @@ struct Plan {
 
 // A run of at least this many elements is walked as rows although other axes of the set lie outside it; a shorter one
 // (C/G channels of an NHWC group norm) becomes lanes that are merged.
-constexpr index_t kShortestRun = 64;
+constexpr index_t kShortestRun = 48;
 
 Plan make_plan(const Problem& problem);
 

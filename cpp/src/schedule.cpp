@@ -8,9 +8,11 @@ namespace {
 // Less work than this for each thread costs more to hand out than it saves.
 constexpr index_t kElementsPerThread = 16 * 1024;
 
-// Results at least this large are written past the caches; smaller ones stay in the last-level cache and are cheaper to
-// read next. What the system says of L3 is no guide where machines are shared: measured, see docs/decisions/0002.
-constexpr index_t kStreamBytes = index_t{24} << 20;
+// Results at least this large are written past the caches, if their rows are long enough that whole cache lines are most
+// of what is written. What the system says of L3 is no guide where machines are shared: measured, see
+// docs/decisions/0002-schedule.md.
+constexpr index_t kStreamBytes = index_t{12} << 20;
+constexpr index_t kStreamRow = 256;
 
 index_t l2_bytes() {
     static const index_t bytes = [] {
@@ -41,23 +43,18 @@ Schedule make_schedule(const Plan& plan, int arrays, bool write, bool in_place) 
         s.split = choose(forced.split, s.threads > 1 && uneven);
         s.resident = choose(forced.resident, true) && !s.split;
     } else {
-        // As many lanes as let all their rows stay in half of L2, if that makes whole cache lines and work for all.
-        const index_t rows = plan.runs.size(), merge = plan.merge.extent;
-        const index_t all = plan.lane.extent * merge;
-        const index_t most_lanes = 512 / merge * merge;
-        index_t lanes = l2_bytes() / 2 / (rows * arrays * kElement) / merge * merge;
-        const bool fits = lanes >= 64 || lanes >= all;
-        if (lanes > most_lanes) lanes = most_lanes;
-        const index_t fair = (all * plan.kept.size() / s.threads + 63) / 64 * 64;
-        if (fits && lanes > fair && fair >= 64) lanes = fair / merge * merge;
-        const index_t units = fits && lanes > 0 ? plan.kept.size() * ((all + lanes - 1) / lanes) : 0;
-        s.resident = choose(forced.resident, fits && units >= s.threads);
-        if (forced.split == 1) s.resident = false;
+        // Resident only where all lanes of a sample fit at once: a few lanes of many rows lie a power of two apart more
+        // often than not, share the same few sets of the cache and do not stay there.
+        const index_t merge = plan.merge.extent, all = plan.lane.extent * merge;
+        const bool fits = plan.runs.size() * all * arrays * kElement <= l2_bytes() / 2;
+        s.resident = choose(forced.resident, fits && plan.kept.size() >= s.threads) && forced.split != 1;
         s.split = !s.resident;
-        s.lanes = s.resident && fits && lanes >= merge ? lanes : most_lanes;
+        s.lanes = 512 / merge * merge;
         if (s.lanes > all) s.lanes = all;
     }
-    s.stream = choose(forced.stream, write && !in_place && plan.total * kElement >= kStreamBytes);
+    const index_t row = plan.walk == Walk::rows ? plan.run.size() : plan.lane.extent * plan.merge.extent;
+    const bool streams = plan.total * kElement >= kStreamBytes && row >= kStreamRow;
+    s.stream = choose(forced.stream, write && !in_place && streams);
     return s;
 }
 

@@ -43,6 +43,7 @@ class Units {
         return {i / pieces_, first, sets, sets * plan_.merge.extent};
     }
     index_t most_lanes() const { return per_ * plan_.merge.extent; }
+    index_t per_outer() const { return pieces_; }
 
     Offsets at(const Unit& u) const {
         Offsets o = plan_.kept.offsets(u.outer);
@@ -69,6 +70,15 @@ class Units {
     const Plan& plan_;
     index_t per_, pieces_;
 };
+
+// Work in the order of memory: sample by sample, parts of its rows, and the units that lie side by side in them.
+struct Piece {
+    index_t unit, part;
+};
+Piece piece_of(const Units& units, index_t parts, index_t i) {
+    const index_t side = units.per_outer();
+    return {i / (side * parts) * side + i % side, i / side % parts};
+}
 
 // The statistics of a unit's sets, repeated for the lanes of each.
 template <class T>
@@ -139,8 +149,13 @@ class ColumnsForward {
         if (!call_.y) return;
         const index_t rows_per = kPieceBytes / (units_.most_lanes() * static_cast<index_t>(sizeof(T)));
         const Tiles tiles = units_.rows(kOperandsForward, rows_per < 1 ? 1 : rows_per);
-        parallel_for(units_.count() * tiles.count(), schedule_.threads,
-                     [&](index_t i) { apply_tile(units_[i % units_.count()], tiles, i / units_.count()); });
+        // Row by row of tiles, so that whole rows are written; backwards, because what was read last is still in the
+        // last-level cache.
+        const index_t n = units_.count() * tiles.count();
+        parallel_for(n, schedule_.threads, [&](index_t back) {
+            const Piece piece = piece_of(units_, tiles.count(), n - 1 - back);
+            apply_tile(units_[piece.unit], tiles, piece.part);
+        });
     }
 
    private:
@@ -149,8 +164,9 @@ class ColumnsForward {
         const Buffer<double> parts(2 * n * blocks * most);
         const auto part = [&](index_t unit, index_t block) { return &parts[2 * (unit * blocks + block) * most]; };
         parallel_for(n * blocks, schedule_.threads, [&](index_t i) {
-            double* mean = part(i % n, i / n);
-            moments(units_[i % n], i / n, mean, mean + most);
+            const Piece piece = piece_of(units_, blocks, i);
+            double* mean = part(piece.unit, piece.part);
+            moments(units_[piece.unit], piece.part, mean, mean + most);
         });
         parallel_for(n, schedule_.threads, [&](index_t i) {
             const Unit u = units_[i];
@@ -200,8 +216,7 @@ class ColumnsForward {
         const double count = static_cast<double>(blocks_.rows);
         for (index_t i = 0; i < u.sets; ++i) {
             const index_t first = i * plan_.merge.extent;
-            Moments m{count, mean[first], m2[first]};
-            for (index_t j = 1; j < plan_.merge.extent; ++j) m.merge({count, mean[first + j], m2[first + j]});
+            Moments m = merged(count, mean + first, m2 + first);
             if (is_doubtful(m, call_.eps)) {
                 m = moments_in_double<T>(set_, call_.x + at[kX] + i * plan_.lane.stride[kX], plan_.center);
             }
@@ -209,6 +224,22 @@ class ColumnsForward {
             write_statistics(call_, at[kStatistic] + i * plan_.lane.stride[kStatistic], m, rstd);
             statistics_.put(units_.set(u) + i, m.mean, rstd);
         }
+    }
+
+    // Moments::merge of lanes of equal counts, all at once: the divisions of one after the other cost more than the rows.
+    Moments merged(double count, const double* mean, const double* m2) const {
+        const index_t lanes = plan_.merge.extent;
+        Moments m{count * static_cast<double>(lanes), mean[0], m2[0]};
+        if (lanes == 1) return m;
+        for (index_t j = 1; j < lanes; ++j) {
+            m.mean += mean[j];
+            m.m2 += m2[j];
+        }
+        m.mean /= static_cast<double>(lanes);
+        double between = 0;
+        for (index_t j = 0; j < lanes; ++j) between += (mean[j] - m.mean) * (mean[j] - m.mean);
+        m.m2 += count * between;
+        return m;
     }
 
     void put_given(index_t set) {
@@ -253,7 +284,8 @@ class ColumnsBackward {
           blocks_(plan.runs.size(), kLeastBlock, kSumRows),
           runs_(collapse(plan.runs, bit(kX) | bit(kDy) | bit(kWeight))),
           storage_(plan.sets * SetStatistics<T>::kArrays),
-          statistics_(storage_.get(), plan.sets) {
+          statistics_(storage_.get(), plan.sets),
+          parameters_(zeroed_sums(call)) {
         for (int i = 0; i < plan.runs.n; ++i) {
             rows_share_parameters_ = rows_share_parameters_ && plan.runs.axis[i].stride[kGradient] == 0;
         }
@@ -266,10 +298,10 @@ class ColumnsBackward {
             statistics_.put(i, call_.mean ? call_.mean[from] : 0, call_.rstd[from]);
         }
         // Before dx, which may take the place of x or dy.
-        if (call_.dweight && !rows_share_parameters_) sum_parameters<T>(plan_, call_, schedule_.threads);
+        if (call_.parameters && !rows_share_parameters_) sum_parameters<T>(plan_, call_, schedule_.threads);
 
         const bool wants_set_sums = call_.dx && !call_.constant_statistics;
-        const bool wants_cells = call_.dweight && rows_share_parameters_;
+        const bool wants_cells = call_.parameters && rows_share_parameters_;
         const Tiles all_rows = units_.rows(kOperandsBackward, 0);
         const index_t n = units_.count(), most = units_.most_lanes(), blocks = blocks_.count();
         const bool sums = wants_set_sums || wants_cells;
@@ -297,8 +329,9 @@ class ColumnsBackward {
         } else {
             if (sums) {
                 parallel_for(n * blocks, schedule_.threads, [&](index_t i) {
-                    double* to = part(i % n, i / n);
-                    sum_block(units_[i % n], i / n, to, to + most);
+                    const Piece piece = piece_of(units_, blocks, i);
+                    double* to = part(piece.unit, piece.part);
+                    sum_block(units_[piece.unit], piece.part, to, to + most);
                 });
                 for (index_t i = 0; i < n; ++i) {
                     for (index_t b = 1; b < blocks; ++b) add(units_[i], part(i, 0), part(i, b), most);
@@ -308,8 +341,11 @@ class ColumnsBackward {
             if (call_.dx) {
                 const index_t rows_per = kPieceBytes / (2 * most * static_cast<index_t>(sizeof(T)));
                 const Tiles tiles = units_.rows(kOperandsBackward, rows_per < 1 ? 1 : rows_per);
-                parallel_for(n * tiles.count(), schedule_.threads,
-                             [&](index_t i) { dx_tile(units_[i % n], tiles, i / n); });
+                const index_t all = n * tiles.count();
+                parallel_for(all, schedule_.threads, [&](index_t back) {  // backwards, as in the forward pass
+                    const Piece piece = piece_of(units_, tiles.count(), all - 1 - back);
+                    dx_tile(units_[piece.unit], tiles, piece.part);
+                });
             }
         }
         if (!wants_cells) return;
@@ -319,10 +355,11 @@ class ColumnsBackward {
             for (index_t l = 0; l < u.lanes; ++l) {
                 const index_t p = at + l / plan_.merge.extent * plan_.lane.stride[kGradient] +
                                   l % plan_.merge.extent * plan_.merge.stride[kGradient];
-                call_.dbias[p] += part(i, 0)[l];
-                call_.dweight[p] += part(i, 0)[most + l];
+                parameters_[p].g += part(i, 0)[l];
+                parameters_[p].g_xhat += part(i, 0)[most + l];
             }
         }
+        write_parameters(call_, parameters_.get());
     }
 
    private:
@@ -411,6 +448,7 @@ class ColumnsBackward {
     const Nest runs_;
     const Buffer<T> storage_;
     SetStatistics<T> statistics_;
+    const Buffer<Sums> parameters_;
     bool rows_share_parameters_ = true;
 };
 

@@ -49,9 +49,26 @@ constexpr bool kLoose = true;
 constexpr bool kLoose = false;
 #endif
 
-template <class T>
-NK_INLINE Vec<T> centred(Vec<T> x, Vec<T> hi, Vec<T> lo) {
-    return kLoose ? x - hi : (x - hi) - lo;
+// The formula, for a vector of lanes or for one number of a row. With d = x - hi and a = rstd * w,
+//
+//     y  = w * ((d - lo) * rstd) + b                                    = d * a + (b - lo * a)
+//     dx = rstd * (w * dy - mean_g - (d - lo) * rstd * mean_g_xhat)     = (dy * a - d * e) + (lo * e - rstd * mean_g)
+//
+// with e = rstd^2 * mean_g_xhat. The right-hand sides are what is computed, everywhere, so that all paths agree to the
+// bit: what does not depend on x or dy is taken out of the loop. Nothing cancels, because d is already centred.
+template <class V>
+NK_INLINE V bias_term(V a, V lo, V b) {
+    return kLoose ? b : b - lo * a;
+}
+
+template <class V>
+struct DxTerms {
+    V e, c;
+};
+template <class V>
+NK_INLINE DxTerms<V> dx_terms(V lo, V rstd, V mean_g, V mean_g_xhat) {
+    const V e = rstd * (rstd * mean_g_xhat);
+    return {e, (kLoose ? V{} : lo * e) - rstd * mean_g};
 }
 
 // ---------------------------------------------------------------------------------------------------- along the lanes
@@ -233,16 +250,17 @@ void moments_along(In x, index_t rows, index_t lanes, index_t leaf, index_t leav
     }
 }
 
+// Sums of g and of g * (x - hi): what makes of the second the sum of g * xhat is the same for the whole set.
 template <class T, bool WLane>
 struct SumsBlock {
     static constexpr index_t kLanes = kStep;
     static constexpr index_t kSteps = kLoose ? 1 << 20 : kDepth;
     static constexpr int K = kLanes / kWidth<T>;
     In dy, x, w;
-    Vec<T> hi, lo, rstd, w_row;
+    Vec<T> hi, w_row;
     const char *p_dy = nullptr, *p_x = nullptr, *p_w = nullptr;
-    Vec<T> sum[K] = {}, sum_xhat[K] = {};
-    Sums total;
+    Vec<T> sum[K] = {}, sum_d[K] = {};
+    double total = 0, total_d = 0;
 
     NK_INLINE void row(index_t r) {
         p_dy = dy.at(r);
@@ -255,9 +273,8 @@ struct SumsBlock {
         for (int i = 0; i < K; ++i) {
             const index_t o = (at + i * kWidth<T>)*sizeof(T);
             const Vec<T> g = load<T>(p_dy + o) * (WLane ? load<T>(p_w + o) : w_row);
-            const Vec<T> xhat = centred<T>(load<T>(p_x + o), hi, lo) * rstd;
             sum[i] += g;
-            sum_xhat[i] += g * xhat;
+            sum_d[i] += g * (load<T>(p_x + o) - hi);
         }
     }
     NK_INLINE void tail(index_t at, int n) {
@@ -266,25 +283,34 @@ struct SumsBlock {
             if (n <= 0) continue;
             const index_t o = (at + i * kWidth<T>)*sizeof(T);
             const Vec<T> g = load_rest<T>(p_dy + o, n) * (WLane ? load_rest<T>(p_w + o, n) : w_row);
-            const Vec<T> xhat = centred<T>(load_rest<T>(p_x + o, n), hi, lo) * rstd;
-            const Vec<T> g_xhat = g * xhat;
+            const Vec<T> g_d = g * (load_rest<T>(p_x + o, n) - hi);
             sum[i] += n >= kWidth<T> ? g : keep_first<T>(g, n);
-            sum_xhat[i] += n >= kWidth<T> ? g_xhat : keep_first<T>(g_xhat, n);
+            sum_d[i] += n >= kWidth<T> ? g_d : keep_first<T>(g_d, n);
         }
     }
     NK_INLINE void flush() {
-        total.g += sum_by_halves<T, K>(sum);
-        total.g_xhat += sum_by_halves<T, K>(sum_xhat);
+        total += sum_by_halves<T, K>(sum);
+        total_d += sum_by_halves<T, K>(sum_d);
 #pragma GCC unroll 16
-        for (int i = 0; i < K; ++i) sum[i] = sum_xhat[i] = Vec<T>{};
+        for (int i = 0; i < K; ++i) sum[i] = sum_d[i] = Vec<T>{};
     }
 };
 
+// From sums of g and g * (x - hi) to the sum of g * xhat.
+template <class T>
+NK_INLINE double xhat_sum(double g, double g_d, T lo, T rstd) {
+    return (kLoose ? g_d : g_d - static_cast<double>(lo) * g) * static_cast<double>(rstd);
+}
+
 template <class T, bool WLane>
-void sums_along(In dy, In x, In w, Statistics<T> s, index_t rows, index_t lanes, Sums* out) {
-    SumsBlock<T, WLane> block{dy, x, w, splat<T>(*s.hi), splat<T>(*s.lo), splat<T>(*s.rstd), {}, {}, {}, {}, {}, {}, {}};
-    for_steps(rows, lanes, block);
-    *out = block.total;
+void sums_along(In dy, In x, In w, Statistics<T> s, index_t rows, index_t lanes, index_t leaf_dy, index_t leaf_x,
+                index_t leaves, Sums* out) {
+    for (index_t i = 0; i < leaves; ++i, dy.p += leaf_dy, x.p += leaf_x) {
+        const index_t k = i * s.row;
+        SumsBlock<T, WLane> block{dy, x, w, splat<T>(s.hi[k]), {}, {}, {}, {}, {}, {}, 0, 0};
+        for_steps(rows, lanes, block);
+        out[i] = {block.total, xhat_sum<T>(block.total, block.total_d, s.lo[k], s.rstd[k])};
+    }
 }
 
 // Applies f to every vector of a row of `lanes` elements: f(offset in bytes, n), n < kWidth<T> for the last, part-filled
@@ -322,24 +348,70 @@ NK_INLINE void put(char* p, Vec<T> v, int n) {
     }
 }
 
+// R rows at once: with w and b one a lane they share the loads of those, which else are half of all.
+template <class T, bool WLane, bool Stream, bool Centred, int R>
+NK_INLINE void apply_rows(In x, Out y, In w, In b, Statistics<T> s, index_t r, index_t lanes) {
+    Vec<T> hi[R], lo[R], rstd[R], a[R], c[R];
+#pragma GCC unroll 4
+    for (int j = 0; j < R; ++j) {
+        const index_t k = (r + j) * s.row;
+        hi[j] = splat<T>(s.hi[k]);
+        lo[j] = splat<T>(s.lo[k]);
+        rstd[j] = splat<T>(s.rstd[k]);
+        if constexpr (!WLane) {
+            const T a_row = s.rstd[k] * value_at<T>(w.at(r + j));
+            a[j] = splat<T>(a_row);
+            c[j] = splat<T>(bias_term<T>(a_row, s.lo[k], value_at<T>(b.at(r + j))));
+        }
+    }
+    const char *px = x.at(r), *pw = w.at(r), *pb = b.at(r);
+    char* py = y.at(r);
+    for_vectors<T>(lanes, Stream ? py : nullptr, [&](index_t o, int n) NK_INLINE_LAMBDA {
+        Vec<T> wv = {}, bv = {};
+        if constexpr (WLane) {
+            wv = load_rest<T>(pw + o, n);
+            bv = load_rest<T>(pb + o, n);
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < R; ++j) {
+            const Vec<T> xv = load_rest<T>(px + j * x.row + o, n);
+            const Vec<T> d = Centred ? xv - hi[j] : xv;
+            const Vec<T> av = WLane ? rstd[j] * wv : a[j];
+            const Vec<T> cv = !WLane ? c[j] : Centred ? bias_term<Vec<T>>(av, lo[j], bv) : bv;
+            put<T, Stream>(py + j * y.row + o, d * av + cv, n);
+        }
+    });
+}
+
+#if defined(__AVX512F__)
+constexpr int kRowsTogether = 4;
+#else
+constexpr int kRowsTogether = 2;
+#endif
+
 template <class T, bool WLane, bool Stream>
 NK_INLINE void apply_along_rows(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes) {
-    for (index_t r = 0; r < rows; ++r) {
-        const char *px = x.at(r), *pw = w.at(r), *pb = b.at(r);
-        char* py = y.at(r);
-        const Vec<T> hi = splat<T>(s.hi[r * s.row]), lo = splat<T>(s.lo[r * s.row]);
-        const Vec<T> rstd = splat<T>(s.rstd[r * s.row]);
-        Vec<T> wr = {}, br = {};
-        if constexpr (!WLane) {
-            wr = splat<T>(value_at<T>(pw));
-            br = splat<T>(value_at<T>(pb));
+    // Rms: without a mean there are two subtractions less.
+    const auto centred = [&](index_t r) { return s.hi[r * s.row] != 0 || s.lo[r * s.row] != 0; };
+    // Not past the caches: those stores want one stream.
+    const bool together = WLane && !Stream && w.row == 0 && b.row == 0;
+    index_t r = 0;
+    while (r < rows) {
+        bool all_centred = together && rows - r >= kRowsTogether, none_centred = all_centred;
+        for (int j = 0; j < kRowsTogether && (all_centred || none_centred); ++j) {
+            (centred(r + j) ? none_centred : all_centred) = false;
         }
-        for_vectors<T>(lanes, Stream ? py : nullptr, [=](index_t o, int n) NK_INLINE_LAMBDA {
-            const Vec<T> xhat = centred<T>(load_rest<T>(px + o, n), hi, lo) * rstd;
-            const Vec<T> wv = WLane ? load_rest<T>(pw + o, n) : wr;
-            const Vec<T> bv = WLane ? load_rest<T>(pb + o, n) : br;
-            put<T, Stream>(py + o, xhat * wv + bv, n);
-        });
+        if (all_centred) {
+            apply_rows<T, WLane, Stream, true, kRowsTogether>(x, y, w, b, s, r, lanes);
+            r += kRowsTogether;
+        } else if (none_centred) {
+            apply_rows<T, WLane, Stream, false, kRowsTogether>(x, y, w, b, s, r, lanes);
+            r += kRowsTogether;
+        } else if (centred(r)) {
+            apply_rows<T, WLane, Stream, true, 1>(x, y, w, b, s, r++, lanes);
+        } else {
+            apply_rows<T, WLane, Stream, false, 1>(x, y, w, b, s, r++, lanes);
+        }
     }
 }
 
@@ -358,14 +430,14 @@ NK_INLINE void dx_along_rows(In dy, In x, In w, Out dx, Statistics<T> s, index_t
         const char *pdy = dy.at(r), *px = x.at(r), *pw = w.at(r);
         char* pdx = dx.at(r);
         const index_t i = r * s.row;
-        const Vec<T> hi = splat<T>(s.hi[i]), lo = splat<T>(s.lo[i]), rstd = splat<T>(s.rstd[i]);
-        const Vec<T> mean_g = splat<T>(s.mean_g[i]), mean_g_xhat = splat<T>(s.mean_g_xhat[i]);
-        Vec<T> wr = {};
-        if constexpr (!WLane) wr = splat<T>(value_at<T>(pw));
+        const DxTerms<T> terms = dx_terms<T>(s.lo[i], s.rstd[i], s.mean_g[i], s.mean_g_xhat[i]);
+        const Vec<T> hi = splat<T>(s.hi[i]), rstd = splat<T>(s.rstd[i]), e = splat<T>(terms.e), c = splat<T>(terms.c);
+        Vec<T> a = {};
+        if constexpr (!WLane) a = splat<T>(s.rstd[i] * value_at<T>(pw));
         for_vectors<T>(lanes, Stream ? pdx : nullptr, [=](index_t o, int n) NK_INLINE_LAMBDA {
-            const Vec<T> xhat = centred<T>(load_rest<T>(px + o, n), hi, lo) * rstd;
-            const Vec<T> g = load_rest<T>(pdy + o, n) * (WLane ? load_rest<T>(pw + o, n) : wr);
-            put<T, Stream>(pdx + o, rstd * ((g - mean_g) - xhat * mean_g_xhat), n);
+            const Vec<T> d = load_rest<T>(px + o, n) - hi;
+            const Vec<T> av = WLane ? rstd * load_rest<T>(pw + o, n) : a;
+            put<T, Stream>(pdx + o, (load_rest<T>(pdy + o, n) * av - d * e) + c, n);
         });
     }
 }
@@ -413,11 +485,13 @@ constexpr int kChunk = 2;
 // enough that the rows are read and written as so many forward streams.
 constexpr index_t kRowsAtOnce = 8;
 
-// Calls f(first lane, vectors in the chunk as a constant, elements in its last vector).
+// Calls f(first lane, vectors in the chunk as a constant, elements in its last vector). The first `head` lanes, fewer than
+// a vector, go by themselves.
 template <class T, class F>
-NK_INLINE void for_chunks(index_t lanes, F f) {
+NK_INLINE void for_chunks(index_t lanes, F f, index_t head = 0) {
     constexpr index_t width = kWidth<T>;
-    index_t at = 0;
+    index_t at = head < lanes ? head : lanes;
+    if (at > 0) f(index_t{0}, std::integral_constant<int, 1>{}, static_cast<int>(at));
     for (; lanes - at >= kChunk * width; at += kChunk * width) {
         f(at, std::integral_constant<int, kChunk>{}, static_cast<int>(width));
     }
@@ -537,31 +611,31 @@ NK_INLINE void load_lanes(Vec<T> (&v)[V], const T* p, int n) {
     for (int i = 0; i < V; ++i) v[i] = load_chunk<T, V>(reinterpret_cast<const char*>(p), i, n);
 }
 
+// w (or b) of row r: one value for all lanes, or one a lane.
+template <class T, bool WLane, int V>
+NK_INLINE Vec<T> load_parameter(In w, index_t r, int i, int n) {
+    return WLane ? load_chunk<T, V>(w.at(r), i, n) : splat<T>(value_at<T>(w.at(r)));
+}
+
 template <class T, bool WLane, bool Stream, int V>
 NK_INLINE void apply_down_chunk(In x, Out y, In w, In b, Statistics<T> s, index_t rows, int n) {
-    Vec<T> hi[V], lo[V], rstd[V], wv[V], bv[V];
+    Vec<T> hi[V], lo[V], rstd[V], a[V], c[V];
     load_lanes<T, V>(hi, s.hi, n);
     load_lanes<T, V>(lo, s.lo, n);
     load_lanes<T, V>(rstd, s.rstd, n);
-    // One w for all rows (w.row = 0) stays in registers.
-    const bool fixed = WLane && w.row == 0 && b.row == 0;
-#pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) {
-        wv[i] = WLane ? load_chunk<T, V>(w.p, i, n) : Vec<T>{};
-        bv[i] = WLane ? load_chunk<T, V>(b.p, i, n) : Vec<T>{};
-    }
-    for (index_t r = 0; r < rows; ++r) {
-        if (!fixed) {
-#pragma GCC unroll 4
-            for (int i = 0; i < V; ++i) {
-                wv[i] = WLane ? load_chunk<T, V>(w.at(r), i, n) : splat<T>(value_at<T>(w.at(r)));
-                bv[i] = WLane ? load_chunk<T, V>(b.at(r), i, n) : splat<T>(value_at<T>(b.at(r)));
-            }
-        }
+    const auto load_row_parameters = [&](index_t r) NK_INLINE_LAMBDA {
 #pragma GCC unroll 4
         for (int i = 0; i < V; ++i) {
-            const Vec<T> xhat = centred<T>(load_chunk<T, V>(x.at(r), i, n), hi[i], lo[i]) * rstd[i];
-            put<T, Stream>(y.at(r) + i * kVectorBytes, xhat * wv[i] + bv[i], n);
+            a[i] = rstd[i] * load_parameter<T, WLane, V>(w, r, i, n);
+            c[i] = bias_term<Vec<T>>(a[i], lo[i], load_parameter<T, WLane, V>(b, r, i, n));
+        }
+    };
+    load_row_parameters(0);
+    for (index_t r = 0; r < rows; ++r) {
+        if (r > 0 && (w.row != 0 || b.row != 0)) load_row_parameters(r);
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
+            put<T, Stream>(y.at(r) + i * kVectorBytes, (load_chunk<T, V>(x.at(r), i, n) - hi[i]) * a[i] + c[i], n);
         }
     }
 }
@@ -577,10 +651,17 @@ NK_INLINE Statistics<T> shifted(Statistics<T> s, index_t by) {
     return {move(s.hi), move(s.lo), move(s.rstd), move(s.mean_g), move(s.mean_g_xhat), s.row};
 }
 
-// Non-temporal stores down the rows need every row to start at a vector boundary.
+// Non-temporal stores down the rows need all rows to reach a vector boundary after the same number of lanes.
 template <class T>
-NK_INLINE bool rows_aligned(Out y) {
-    return reinterpret_cast<std::uintptr_t>(y.p) % kVectorBytes == 0 && y.row % kVectorBytes == 0;
+NK_INLINE bool can_stream_down(Out y) {
+    return can_stream<T>(y) && y.row % kVectorBytes == 0;
+}
+
+// Lanes before the first vector boundary.
+template <class T>
+NK_INLINE index_t head_of(Out y) {
+    const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p) % kVectorBytes);
+    return past == 0 ? 0 : (kVectorBytes - past) / static_cast<index_t>(sizeof(T));
 }
 
 template <class T, bool WLane, bool Stream>
@@ -592,13 +673,13 @@ NK_INLINE void apply_down_rows(In x, Out y, In w, In b, Statistics<T> s, index_t
             const index_t ow = WLane ? o : 0;
             apply_down_chunk<T, WLane, Stream, v>(shifted(x, r, o), shifted(y, r, o), shifted(w, r, ow),
                                                   shifted(b, r, ow), shifted(s, lane), n_rows, n);
-        });
+        }, Stream ? head_of<T>(y) : 0);
     }
 }
 
 template <class T, bool WLane>
 void apply_down(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes, bool stream) {
-    if (stream && rows_aligned<T>(y)) {
+    if (stream && can_stream_down<T>(y)) {
         apply_down_rows<T, WLane, true>(x, y, w, b, s, rows, lanes);
     } else {
         apply_down_rows<T, WLane, false>(x, y, w, b, s, rows, lanes);
@@ -608,54 +689,56 @@ void apply_down(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t 
 template <class T, bool SLane, bool WLane, bool Dx, bool Sum, bool Stream, int V>
 NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, int n, double* sum_g,
                                    double* sum_g_xhat) {
-    Vec<T> hi[V], lo[V], rstd[V], mean_g[V], mean_g_xhat[V], wv[V];
-    Vec<T> sum[V] = {}, sum_xhat[V] = {};
+    Vec<T> hi[V] = {}, lo[V] = {}, rstd[V] = {}, a[V] = {}, e[V] = {}, c[V] = {}, wv[V];
+    Vec<T> sum[V] = {}, sum_xhat[V] = {};  // statistics one a lane: of g * (x - hi)
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) wv[i] = load_parameter<T, WLane, V>(w, 0, i, n);
     if constexpr (SLane) {
         load_lanes<T, V>(hi, s.hi, n);
         load_lanes<T, V>(lo, s.lo, n);
         load_lanes<T, V>(rstd, s.rstd, n);
         if constexpr (Dx) {
+            Vec<T> mean_g[V], mean_g_xhat[V];
             load_lanes<T, V>(mean_g, s.mean_g, n);
             load_lanes<T, V>(mean_g_xhat, s.mean_g_xhat, n);
-        }
-    }
-    const bool fixed = WLane && w.row == 0;
-    if constexpr (WLane) {
-#pragma GCC unroll 4
-        for (int i = 0; i < V; ++i) wv[i] = load_chunk<T, V>(w.p, i, n);
-    }
-    for (index_t r = 0; r < rows; ++r) {
-        if (!fixed) {
 #pragma GCC unroll 4
             for (int i = 0; i < V; ++i) {
-                wv[i] = WLane ? load_chunk<T, V>(w.at(r), i, n) : splat<T>(value_at<T>(w.at(r)));
+                const DxTerms<Vec<T>> terms = dx_terms<Vec<T>>(lo[i], rstd[i], mean_g[i], mean_g_xhat[i]);
+                e[i] = terms.e;
+                c[i] = terms.c;
             }
         }
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) a[i] = rstd[i] * wv[i];
+    }
+    for (index_t r = 0; r < rows; ++r) {
         if constexpr (!SLane) {
             const index_t k = r * s.row;
+            DxTerms<T> terms = {};
+            if constexpr (Dx) terms = dx_terms<T>(s.lo[k], s.rstd[k], s.mean_g[k], s.mean_g_xhat[k]);
 #pragma GCC unroll 4
             for (int i = 0; i < V; ++i) {
                 hi[i] = splat<T>(s.hi[k]);
                 lo[i] = splat<T>(s.lo[k]);
                 rstd[i] = splat<T>(s.rstd[k]);
-                if constexpr (Dx) {
-                    mean_g[i] = splat<T>(s.mean_g[k]);
-                    mean_g_xhat[i] = splat<T>(s.mean_g_xhat[k]);
-                }
+                e[i] = splat<T>(terms.e);
+                c[i] = splat<T>(terms.c);
             }
         }
 #pragma GCC unroll 4
         for (int i = 0; i < V; ++i) {
+            if (r > 0 && w.row != 0) wv[i] = load_parameter<T, WLane, V>(w, r, i, n);
+            if (!SLane || (r > 0 && w.row != 0)) a[i] = rstd[i] * wv[i];
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
             const Vec<T> dyv = load_chunk<T, V>(dy.at(r), i, n);
-            const Vec<T> xhat = centred<T>(load_chunk<T, V>(x.at(r), i, n), hi[i], lo[i]) * rstd[i];
-            const Vec<T> g = dyv * wv[i];
-            if constexpr (Dx) {
-                put<T, Stream>(dx.at(r) + i * kVectorBytes, rstd[i] * ((g - mean_g[i]) - xhat * mean_g_xhat[i]), n);
-            }
+            const Vec<T> d = load_chunk<T, V>(x.at(r), i, n) - hi[i];
+            if constexpr (Dx) put<T, Stream>(dx.at(r) + i * kVectorBytes, (dyv * a[i] - d * e[i]) + c[i], n);
             if constexpr (Sum) {
-                const Vec<T> term = Dx ? dyv : g;
+                const Vec<T> term = Dx ? dyv : dyv * wv[i];
                 sum[i] += term;
-                sum_xhat[i] += term * xhat;
+                sum_xhat[i] += term * (SLane ? d : (kLoose ? d : d - lo[i]) * rstd[i]);
             }
         }
     }
@@ -666,8 +749,9 @@ NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<T> s, i
         unload_chunk<T, V>(sums_xhat, sum_xhat);
         const int lanes = V > 1 ? kLanes : n;
         for (int i = 0; i < lanes; ++i) {
-            sum_g[i] += static_cast<double>(sums[i]);
-            sum_g_xhat[i] += static_cast<double>(sums_xhat[i]);
+            const double g = static_cast<double>(sums[i]), g_xhat = static_cast<double>(sums_xhat[i]);
+            sum_g[i] += g;
+            sum_g_xhat[i] += SLane ? xhat_sum<T>(g, g_xhat, s.lo[i], s.rstd[i]) : g_xhat;
         }
     }
 }
@@ -683,14 +767,14 @@ NK_INLINE void backward_down_rows(In dy, In x, In w, Out dx, Statistics<T> s, in
             backward_down_chunk<T, SLane, WLane, Dx, Sum, Stream, v>(
                 shifted(dy, r, o), shifted(x, r, o), shifted(w, r, WLane ? o : 0), shifted(dx, r, o),
                 shifted(s, SLane ? lane : r * s.row), n_rows, n, sum_g + lane, sum_g_xhat + lane);
-        });
+        }, Stream ? head_of<T>(dx) : 0);
     }
 }
 
 template <class T, bool SLane, bool WLane>
 void backward_down(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, double* sum_g,
                    double* sum_g_xhat, bool stream) {
-    const bool streamed = stream && rows_aligned<T>(dx);
+    const bool streamed = stream && can_stream_down<T>(dx);
     if (!dx.p) {
         backward_down_rows<T, SLane, WLane, false, true, false>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
     } else if (!sum_g) {

@@ -65,9 +65,10 @@ struct Kernels {
     void (*apply_along[2])(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes, bool stream);
     void (*apply_down[2])(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes, bool stream);
 
-    // Sums of g = w * dy and g * xhat over one leaf. Index as above.
-    // Preconditions as for moments_along.
-    void (*sums_along[2])(In dy, In x, In w, Statistics<T> s, index_t rows, index_t lanes, Sums* out);
+    // Sums of g = w * dy and g * xhat over `leaves` leaves, leaf_dy and leaf_x bytes apart; leaf i has the statistics
+    // number i * s.row, and w is the same for all. Index and preconditions as above.
+    void (*sums_along[2])(In dy, In x, In w, Statistics<T> s, index_t rows, index_t lanes, index_t leaf_dy,
+                          index_t leaf_x, index_t leaves, Sums* out);
 
     // dx = rstd * (w * dy - mean_g - xhat * mean_g_xhat).
     void (*dx_along[2])(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, bool stream);

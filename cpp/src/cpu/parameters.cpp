@@ -43,8 +43,7 @@ void sum_parameters(const Plan& plan, const BackwardCall& call, int threads) {
                 }
             }
         }
-        call.dbias[parameter[kGradient]] += sums.g;
-        call.dweight[parameter[kGradient]] += sums.g_xhat;
+        write_parameter(call, parameter[kGradient], sums);
     });
 }
 

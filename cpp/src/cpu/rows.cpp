@@ -19,6 +19,13 @@ Nest joined(const Nest& outer, const Nest& inner) {
     return all;
 }
 
+Nest rows_and_lanes(const Axis& rows, const Axis& lanes) {
+    Nest two;
+    two.push(rows);
+    two.push(lanes);
+    return two;
+}
+
 // One operand as the leaves of a set see it: rows of contiguous (or strided) elements where that is what memory holds,
 // else gathered.
 template <class T>
@@ -91,7 +98,12 @@ class RowsForward {
           leaves_(plan.runs.size(), plan.run.size()),
           read_x_(plan.runs, plan.run, kX),
           set_(joined(plan.runs, plan.run)),
-          elements_(collapse(set_, kForwardOperands)) {}
+          elements_(collapse(set_, kForwardOperands)),
+          tiles_(elements_, 0),
+          neighbours_(plan.kept.n > 0 ? plan.kept.inner() : Axis{}),
+          sets_are_rows_(elements_.n == 1),
+          leaf_is_set_(leaves_.count() == 1 && read_x_.one_row()),
+          rows_of_sets_(rows_and_lanes(neighbours_, elements_.inner()), 0) {}
 
     void run() {
         if (schedule_.resident && !schedule_.split) {
@@ -104,12 +116,12 @@ class RowsForward {
     }
 
    private:
-    // Moments, then apply, a few sets at a time so that they are still in L1 where they are small.
+    // Moments, then apply, a few sets at a time where they are small.
     void whole_sets(index_t first, index_t last) const {
         T storage[SetStatistics<T>::kArrays * kSetsAtOnce];
         SetStatistics<T> statistics(storage, kSetsAtOnce);
         Moments moments[kSetsAtOnce];
-        index_t at_once = kL1Bytes / (plan_.set_size * static_cast<index_t>(sizeof(T)));
+        index_t at_once = kNearBytes / (plan_.set_size * static_cast<index_t>(sizeof(T)));
         at_once = at_once < 1 ? 1 : at_once > kSetsAtOnce ? kSetsAtOnce : at_once;
         for (index_t set = first; set < last; set += at_once) {
             const index_t n = last - set < at_once ? last - set : at_once;
@@ -151,8 +163,10 @@ class RowsForward {
         if (!call_.y) return;
         const index_t share = plan_.set_size / pieces_per_set(plan_, plan_.set_size / kStep + 1, schedule_) + 1;
         const Tiles tiles(elements_, share);
-        parallel_for(plan_.sets * tiles.count(), schedule_.threads, [&](index_t i) {
-            const index_t set = i / tiles.count();
+        // Backwards: what was read last is still in the last-level cache.
+        const index_t n = plan_.sets * tiles.count();
+        parallel_for(n, schedule_.threads, [&](index_t back) {
+            const index_t i = n - 1 - back, set = i / tiles.count();
             apply_tile(plan_.kept.offsets(set), tiles, tiles[i % tiles.count()], statistics.tile(set, 0, 0, 1));
         });
     }
@@ -166,12 +180,11 @@ class RowsForward {
     }
 
     void moments_of(index_t set, index_t n, Moments* out) const {
-        const Axis kept = plan_.kept.n > 0 ? plan_.kept.inner() : Axis{};
-        if (leaves_.count() == 1 && read_x_.one_row() && set % kept.extent + n <= kept.extent) {
+        if (leaf_is_set_ && set % neighbours_.extent + n <= neighbours_.extent) {
             // Small rows: one call of the kernel for all of them.
             const Leaves::Leaf row = leaves_[0];
             const Strided x = read_x_(call_.x + plan_.kept.offset(kX, set), row, nullptr);
-            moments_along(k_, x, 1, row.lanes, kept.stride[kX], n, plan_.center, out);
+            moments_along(k_, x, 1, row.lanes, neighbours_.stride[kX], n, plan_.center, out);
             return;
         }
         for (index_t i = 0; i < n; ++i) {
@@ -197,17 +210,12 @@ class RowsForward {
     }
 
     void apply_sets(index_t set, index_t n, const SetStatistics<T>& statistics, index_t slot) const {
-        if (elements_.n == 1 && n > 1) {
-            // A set is one row: rows of neighbouring sets make a tile.
-            const Axis kept = plan_.kept.inner();
+        if (sets_are_rows_) {
+            // Rows of neighbouring sets make a tile.
             while (n > 0) {
-                index_t rows = kept.extent - set % kept.extent;
+                index_t rows = neighbours_.extent - set % neighbours_.extent;
                 if (rows > n) rows = n;
-                Nest two;
-                two.push(kept);
-                two.push(elements_.inner());
-                const Tiles tile(two, 0);
-                apply_tile(plan_.kept.offsets(set), tile, {Offsets{}, rows, elements_.inner().extent},
+                apply_tile(plan_.kept.offsets(set), rows_of_sets_, {Offsets{}, rows, rows_of_sets_.lanes.extent},
                            statistics.tile(slot, 1, 0, rows));
                 set += rows;
                 slot += rows;
@@ -215,11 +223,10 @@ class RowsForward {
             }
             return;
         }
-        const Tiles tiles(elements_, 0);
         for (index_t i = 0; i < n; ++i) {
             const Offsets at = plan_.kept.offsets(set + i);
             const TileStatistics<T> s = statistics.tile(slot + i, 0, 0, 1);
-            for (index_t t = 0; t < tiles.count(); ++t) apply_tile(at, tiles, tiles[t], s);
+            for (index_t t = 0; t < tiles_.count(); ++t) apply_tile(at, tiles_, tiles_[t], s);
         }
     }
 
@@ -238,6 +245,11 @@ class RowsForward {
     const Leaves leaves_;
     const LeafReader<T> read_x_;
     const Nest set_, elements_;
+    const Tiles tiles_;             // of a set
+    const Axis neighbours_;         // from a set to the next
+    const bool sets_are_rows_;      // every set is one row of elements
+    const bool leaf_is_set_;        // and one leaf
+    const Tiles rows_of_sets_;
 };
 
 // ----------------------------------------------------------------------------------------------------------- backward
@@ -284,6 +296,7 @@ class RowsBackward {
           read_dy_(runs_, run_, kDy),
           read_x_(runs_, run_, kX),
           read_w_(runs_, run_, kWeight),
+          leaf_is_set_(leaves_.count() == 1 && read_dy_.one_row() && read_x_.one_row() && read_w_.one_row()),
           elements_(collapse(joined(plan.runs, plan.run), kBackwardOperands)),
           storage_(plan.sets * SetStatistics<T>::kArrays),
           statistics_(storage_.get(), plan.sets) {}
@@ -349,7 +362,8 @@ class RowsBackward {
     void by_cell() {
         const index_t per_set = index_.size();
         const Buffer<Sums> sums(plan_.sets * per_set);
-        const bool wants_sums = wants_set_sums() || call_.dweight;
+        const Buffer<Sums> parameters = zeroed_sums(call_);
+        const bool wants_sums = wants_set_sums() || call_.parameters;
         if (schedule_.resident && !schedule_.split) {
             const SetPieces pieces(plan_, 2 * sizeof(T), schedule_.threads);
             parallel_for(pieces.count(), schedule_.threads, [&](index_t i) {
@@ -365,15 +379,16 @@ class RowsBackward {
         } else {
             two_sweeps(sums, wants_sums);
         }
-        if (!call_.dweight) return;
+        if (!call_.parameters) return;
         for (index_t set = 0; set < plan_.sets; ++set) {
             const index_t at = plan_.kept.offset(kGradient, set);
             for (index_t c = 0; c < per_set; ++c) {
-                const index_t p = at + index_.offset(kGradient, c);
-                call_.dweight[p] += sums[set * per_set + c].g_xhat;
-                call_.dbias[p] += sums[set * per_set + c].g;
+                Sums& total = parameters[at + index_.offset(kGradient, c)];
+                total.g += sums[set * per_set + c].g;
+                total.g_xhat += sums[set * per_set + c].g_xhat;
             }
         }
+        write_parameters(call_, parameters.get());
     }
 
     // All leaves of all cells, then the sets' means; then dx, tile by tile.
@@ -383,8 +398,9 @@ class RowsBackward {
         if (!call_.dx) return;
         const index_t share = plan_.set_size / pieces_per_set(plan_, plan_.set_size / kStep + 1, schedule_) + 1;
         const Tiles tiles(elements_, share);
-        parallel_for(plan_.sets * tiles.count(), schedule_.threads, [&](index_t i) {
-            const index_t set = i / tiles.count();
+        const index_t n = plan_.sets * tiles.count();
+        parallel_for(n, schedule_.threads, [&](index_t back) {  // backwards, as in the forward pass
+            const index_t i = n - 1 - back, set = i / tiles.count();
             dx_tile(plan_.kept.offsets(set), tiles, tiles[i % tiles.count()], statistics_.tile(set, 0, 0, 1));
         });
     }
@@ -444,10 +460,11 @@ class RowsBackward {
         const RowBlocks blocks(rows.size(), kSumRows, kSumRows);
         const index_t other = others.size();
         const index_t width = other * lanes.extent;
-        const Buffer<double> sums(call_.dweight ? 2 * blocks.count() * width : 0);
+        const Buffer<double> sums(call_.parameters ? 2 * blocks.count() * width : 0);
         const bool one_reading = rows_are_sets && blocks.count() >= schedule_.threads && !schedule_.split &&
                                  schedule_.resident;
         if (!one_reading) all_set_sums();
+        const Tiles tile(rows_and_lanes(rows.inner(), lanes), 0);
         // Few blocks: their lanes are shared too.
         const index_t lane_pieces = one_reading ? 1 : lane_pieces_for(blocks.count() * other, lanes.extent);
         const index_t lanes_per = ((lanes.extent + lane_pieces - 1) / lane_pieces + 63) / 64 * 64;
@@ -457,7 +474,7 @@ class RowsBackward {
             const index_t n_lanes = lanes.extent - lane < lanes_per ? lanes.extent - lane : lanes_per;
             if (n_lanes <= 0) return;
             double *sum_g = nullptr, *sum_g_xhat = nullptr;
-            if (call_.dweight) {
+            if (call_.parameters) {
                 sum_g = &sums[2 * block * width + lane];
                 sum_g_xhat = sum_g + width;
                 for (index_t o = 0; o < other; ++o) {
@@ -474,12 +491,8 @@ class RowsBackward {
                 if (n > last - r) n = last - r;
                 const Offsets row = rows.offsets(r);
                 if (one_reading) {
-                    for (index_t j = 0; j < n; ++j) set_sums(row[kSet] + j * inner.stride[kSet]);
+                    sums_of_sets(row[kSet], inner.stride[kSet], n);
                 }
-                Nest two;
-                two.push(inner);
-                two.push(lanes);
-                const Tiles tile(two, 0);
                 for (index_t o = 0; o < other; ++o) {
                     Offsets at = row + others.offsets(o);
                     for (int k = 0; k < kOperands; ++k) at.at[k] += lane * lanes.stride[k];
@@ -490,17 +503,19 @@ class RowsBackward {
                 r += n;
             }
         });
-        if (!call_.dweight) return;
-        for (index_t o = 0; o < other; ++o) {
-            const index_t at = others.offset(kGradient, o);
-            for (index_t block = 0; block < blocks.count(); ++block) {
-                const double* sum_g = &sums[2 * block * width + o * lanes.extent];
-                for (index_t l = 0; l < lanes.extent; ++l) {
-                    call_.dbias[at + l * lanes.stride[kGradient]] += sum_g[l];
-                    call_.dweight[at + l * lanes.stride[kGradient]] += sum_g[width + l];
+        if (!call_.parameters) return;
+        const index_t pieces = (width + kPieceBytes / 16 - 1) / (kPieceBytes / 16);
+        parallel_for(pieces, schedule_.threads, [&](index_t piece) {
+            for (index_t i = width * piece / pieces; i < width * (piece + 1) / pieces; ++i) {
+                Sums total;
+                for (index_t block = 0; block < blocks.count(); ++block) {
+                    total.g += sums[2 * block * width + i];
+                    total.g_xhat += sums[(2 * block + 1) * width + i];
                 }
+                const index_t o = i / lanes.extent, l = i % lanes.extent;
+                write_parameter(call_, others.offset(kGradient, o) + l * lanes.stride[kGradient], total);
             }
-        }
+        });
     }
 
     index_t lane_pieces_for(index_t pieces, index_t lanes) const {
@@ -515,6 +530,25 @@ class RowsBackward {
         if (!wants_set_sums()) return;
         const Sums sums = cell(set, 0);
         finish(set, &sums);
+    }
+
+    // The same for `n` <= kSumRows sets, `step` apart.
+    void sums_of_sets(index_t set, index_t step, index_t n) {
+        const Axis& next = plan_.kept.n > 0 ? plan_.kept.inner() : Axis{};
+        if (!wants_set_sums() || step != 1 || !leaf_is_set_ || set % next.extent + n > next.extent) {
+            for (index_t i = 0; i < n; ++i) set_sums(set + i * step);
+            return;
+        }
+        for (index_t i = 0; i < n; ++i) load_statistics(set + i);
+        const Offsets at = plan_.kept.offsets(set);
+        const Leaves::Leaf row = leaves_[0];
+        Strided dy = read_dy_(call_.dy + at[kDy], row, nullptr), x = read_x_(call_.x + at[kX], row, nullptr);
+        dy.row = next.stride[kDy];
+        x.row = next.stride[kX];
+        const Strided w = call_.weight ? read_w_(call_.weight, row, nullptr) : one<T>();
+        Sums sums[kSumRows];
+        sums_of_rows(k_, dy, x, w, statistics_.tile(set, 1, 0, n), n, row.lanes, sums);
+        for (index_t i = 0; i < n; ++i) finish(set + i, &sums[i]);
     }
 
     void all_set_sums() {
@@ -538,6 +572,7 @@ class RowsBackward {
     const Nest index_, runs_, run_;
     const Leaves leaves_;
     const LeafReader<T> read_dy_, read_x_, read_w_;
+    const bool leaf_is_set_;
     const Nest elements_;
     const Buffer<T> storage_;
     SetStatistics<T> statistics_;

@@ -110,15 +110,18 @@ template <class T>
 NK_INLINE Widened<T> widened(Vec<T> v) {
     if constexpr (sizeof(T) == sizeof(double)) {
         return {{v}};
-    } else if constexpr (kWidth<T> == 16) {
-        return {{__builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), Vec<double>),
-                 __builtin_convertvector(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15), Vec<double>)}};
-    } else if constexpr (kWidth<T> == 8) {
-        return {{__builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3), Vec<double>),
-                 __builtin_convertvector(__builtin_shufflevector(v, v, 4, 5, 6, 7), Vec<double>)}};
     } else {
+        // Intrinsics, because GCC 12 widens half a vector in two quarters and joins them.
+#if defined(__AVX512F__)
+        return {{(Vec<double>)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)),
+                 (Vec<double>)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1))}};
+#elif defined(__AVX__)
+        return {{(Vec<double>)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)),
+                 (Vec<double>)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1))}};
+#else
         return {{__builtin_convertvector(__builtin_shufflevector(v, v, 0, 1), Vec<double>),
                  __builtin_convertvector(__builtin_shufflevector(v, v, 2, 3), Vec<double>)}};
+#endif
     }
 }
 
@@ -165,13 +168,15 @@ NK_INLINE T sum_lanes_by_halves(typename Lanes<T, N>::type v) {
 // The sum of K * kWidth lanes by halves: lane i takes lane i + half. The order of the additions depends on the number
 // of lanes only, never on the width of a vector.
 template <class T, int K>
-NK_INLINE T sum_by_halves(Vec<T> (&v)[K]) {
-#pragma GCC unroll 8
-    for (int half = K / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < half; ++i) v[i] += v[i + half];
+NK_INLINE T sum_by_halves(const Vec<T> (&v)[K]) {
+    if constexpr (K == 1) {
+        return sum_lanes_by_halves<T, kWidth<T>>(v[0]);
+    } else {
+        Vec<T> half[K / 2];
+#pragma GCC unroll 16
+        for (int i = 0; i < K / 2; ++i) half[i] = v[i] + v[i + K / 2];
+        return sum_by_halves<T, K / 2>(half);
     }
-    return sum_lanes_by_halves<T, kWidth<T>>(v[0]);
 }
 
 }  // namespace

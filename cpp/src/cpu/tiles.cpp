@@ -181,7 +181,7 @@ Sums sums_along(const Kernels<T>& k, Strided dy, Strided x, Strided w, const Til
     Sums sums;
     if (!s.scale && contiguous<T>(dy, lanes) && contiguous<T>(x, lanes) &&
         (per_row<T>(w, lanes) || contiguous<T>(w, lanes))) {
-        k.sums_along[!per_row<T>(w, lanes)](in(dy), in(x), in(w), s, rows, lanes, &sums);
+        k.sums_along[!per_row<T>(w, lanes)](in(dy), in(x), in(w), s, rows, lanes, 0, 0, 1, &sums);
         return sums;
     }
     T pdy[kLeafLanes], px[kLeafLanes], pw[kLeafLanes];
@@ -189,8 +189,23 @@ Sums sums_along(const Kernels<T>& k, Strided dy, Strided x, Strided w, const Til
     gather(x, rows, lanes, px);
     multiply(s, rows, lanes, px);
     gather(w, rows, lanes, pw);
-    k.sums_along[1](packed(pdy, lanes), packed(px, lanes), packed(pw, lanes), s, rows, lanes, &sums);
+    k.sums_along[1](packed(pdy, lanes), packed(px, lanes), packed(pw, lanes), s, rows, lanes, 0, 0, 1, &sums);
     return sums;
+}
+
+template <class T>
+void sums_of_rows(const Kernels<T>& k, Strided dy, Strided x, Strided w, const TileStatistics<T>& s, index_t leaves,
+                  index_t lanes, Sums* out) {
+    if (!s.scale && contiguous<T>(dy, lanes) && contiguous<T>(x, lanes) &&
+        (per_row<T>(w, lanes) || contiguous<T>(w, lanes))) {
+        k.sums_along[!per_row<T>(w, lanes)](in(dy), in(x), in(w), s, 1, lanes, dy.row, x.row, leaves, out);
+        return;
+    }
+    for (index_t i = 0; i < leaves; ++i) {
+        TileStatistics<T> one = shifted(s, i, 0);
+        one.row = 0;
+        out[i] = sums_along(k, shifted(dy, i, 0), shifted(x, i, 0), w, one, 1, lanes);
+    }
 }
 
 template <class T>
@@ -235,6 +250,8 @@ void moments_down(const Kernels<T>& k, Strided x, index_t rows, index_t lanes, i
                               index_t, index_t, double*, double*, bool);                                              \
     template Sums sums_along<T>(const Kernels<T>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,     \
                                 index_t);                                                                             \
+    template void sums_of_rows<T>(const Kernels<T>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,   \
+                                  index_t, Sums*);                                                                    \
     template void moments_along<T>(const Kernels<T>&, Strided, index_t, index_t, index_t, index_t, bool, Moments*);  \
     template void moments_down<T>(const Kernels<T>&, Strided, index_t, index_t, index_t, bool, double*, double*);
 

@@ -48,6 +48,11 @@ template <class T>
 Sums sums_along(const Kernels<T>& k, Strided dy, Strided x, Strided w, const TileStatistics<T>& s, index_t rows,
                 index_t lanes);
 
+// The same for `leaves` sets that are one run each: rows of dy and x, and number i * s.row of the statistics.
+template <class T>
+void sums_of_rows(const Kernels<T>& k, Strided dy, Strided x, Strided w, const TileStatistics<T>& s, index_t leaves,
+                  index_t lanes, Sums* out);
+
 // `leaves` leaves of one shape, `leaf` bytes apart.
 template <class T>
 void moments_along(const Kernels<T>& k, Strided x, index_t rows, index_t lanes, index_t leaf, index_t leaves,

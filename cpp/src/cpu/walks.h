@@ -9,7 +9,7 @@
 namespace normkit::cpu {
 
 constexpr index_t kPieceBytes = 256 * 1024;  // of work handed to a thread at a time
-constexpr index_t kL1Bytes = 16 * 1024;      // of x whose moments are taken before it is applied: half of L1
+constexpr index_t kNearBytes = 64 * 1024;    // of small sets whose moments are taken before they are applied
 constexpr index_t kSetsAtOnce = 64;
 
 template <class T>
@@ -54,9 +54,24 @@ void write_dx(const Kernels<T>& k, const BackwardCall& call, const Offsets& at, 
     }
 }
 
+// The gradient of parameter number p, to whichever of the caller's arrays there are.
+inline void write_parameter(const BackwardCall& call, index_t p, const Sums& sums) {
+    if (call.dweight) call.dweight[p] = static_cast<float>(sums.g_xhat);
+    if (call.dbias) call.dbias[p] = static_cast<float>(sums.g);
+}
+
+inline Buffer<Sums> zeroed_sums(const BackwardCall& call) {
+    Buffer<Sums> sums(call.parameters);
+    for (index_t p = 0; p < call.parameters; ++p) sums[p] = {};
+    return sums;
+}
+
+inline void write_parameters(const BackwardCall& call, const Sums* sums) {
+    for (index_t p = 0; p < call.parameters; ++p) write_parameter(call, p, sums[p]);
+}
+
 // The gradients of the parameters where neither walk comes by them on its way (axes that carry parameters lie outside
-// or between the ones that are summed): each in double, over all elements that share it. `sets` holds mean and rstd by
-// statistic number.
+// or between the ones that are summed): each in double, over all elements that share it.
 template <class T>
 void sum_parameters(const Plan& plan, const BackwardCall& call, int threads);
 
