@@ -16,7 +16,7 @@ inline bool is_doubtful(const Moments& m, double eps) {
     return !(std::isfinite(m.mean) && std::isfinite(m.m2) && m.m2 + eps * m.count >= 0x1p-100 * m.count);
 }
 
-// One set's statistics in the dtype of the data. Where rstd is so large or small that (x - mean) or rstd^2 could leave
+// One set's statistics in the dtype of the data. Where rstd is so large or small that (x - mean) or rstd would leave
 // the range of T, everything is scaled by an exact power of two: xhat = ((x * scale - hi) - lo) * rstd.
 template <class T>
 struct Split {
@@ -26,7 +26,7 @@ struct Split {
 template <class T>
 Split<T> split(double mean, double rstd) {
     double scale = 1;
-    if (sizeof(T) == 4 && std::isfinite(rstd) && rstd > 0 && !(rstd >= 0x1p-40 && rstd <= 0x1p40)) {
+    if (sizeof(T) == 4 && std::isfinite(rstd) && rstd > 0 && !(rstd >= 0x1p-60 && rstd <= 0x1p60)) {
         const int exponent = std::ilogb(rstd);
         scale = std::ldexp(1.0, exponent < -126 ? -126 : exponent > 126 ? 126 : exponent);
     }

@@ -52,9 +52,10 @@ constexpr bool kLoose = false;
 // The formula, for a vector of lanes or for one number of a row. With d = x - hi and a = rstd * w,
 //
 //     y  = w * ((d - lo) * rstd) + b                                    = d * a + (b - lo * a)
-//     dx = rstd * (w * dy - mean_g - (d - lo) * rstd * mean_g_xhat)     = (dy * a - d * e) + (lo * e - rstd * mean_g)
+//     dx = rstd * (w * dy - mean_g - (d - lo) * rstd * mean_g_xhat)     = (dy * a - d * rstd * e) + c
 //
-// with e = rstd^2 * mean_g_xhat. The right-hand sides are what is computed, everywhere, so that all paths agree to the
+// with e = rstd * mean_g_xhat and c = lo * rstd * e - rstd * mean_g (d * rstd is of the size of 1, where rstd * e could
+// leave the range of T). The right-hand sides are what is computed, everywhere, so that all paths agree to the
 // bit: what does not depend on x or dy is taken out of the loop. Nothing cancels, because d is already centred.
 template <class V>
 NK_INLINE V bias_term(V a, V lo, V b) {
@@ -67,8 +68,8 @@ struct DxTerms {
 };
 template <class V>
 NK_INLINE DxTerms<V> dx_terms(V lo, V rstd, V mean_g, V mean_g_xhat) {
-    const V e = rstd * (rstd * mean_g_xhat);
-    return {e, (kLoose ? V{} : lo * e) - rstd * mean_g};
+    const V e = rstd * mean_g_xhat;
+    return {e, (kLoose ? V{} : (lo * rstd) * e) - rstd * mean_g};
 }
 
 // ---------------------------------------------------------------------------------------------------- along the lanes
@@ -437,7 +438,7 @@ NK_INLINE void dx_along_rows(In dy, In x, In w, Out dx, Statistics<T> s, index_t
         for_vectors<T>(lanes, Stream ? pdx : nullptr, [=](index_t o, int n) NK_INLINE_LAMBDA {
             const Vec<T> d = load_rest<T>(px + o, n) - hi;
             const Vec<T> av = WLane ? rstd * load_rest<T>(pw + o, n) : a;
-            put<T, Stream>(pdx + o, (load_rest<T>(pdy + o, n) * av - d * e) + c, n);
+            put<T, Stream>(pdx + o, (load_rest<T>(pdy + o, n) * av - (d * rstd) * e) + c, n);
         });
     }
 }
@@ -734,7 +735,7 @@ NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<T> s, i
         for (int i = 0; i < V; ++i) {
             const Vec<T> dyv = load_chunk<T, V>(dy.at(r), i, n);
             const Vec<T> d = load_chunk<T, V>(x.at(r), i, n) - hi[i];
-            if constexpr (Dx) put<T, Stream>(dx.at(r) + i * kVectorBytes, (dyv * a[i] - d * e[i]) + c[i], n);
+            if constexpr (Dx) put<T, Stream>(dx.at(r) + i * kVectorBytes, (dyv * a[i] - (d * rstd[i]) * e[i]) + c[i], n);
             if constexpr (Sum) {
                 const Vec<T> term = Dx ? dyv : dyv * wv[i];
                 sum[i] += term;
