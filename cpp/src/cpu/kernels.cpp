@@ -123,19 +123,18 @@ struct MeanBlock {
     double total = 0;
 
     NK_INLINE void row(index_t r) { p = x.at(r); }
-    NK_INLINE void add(int i, Vec<T> v) {
-        const Widened<T> wide = widened<T>(v);
+    NK_INLINE void add(int i, Widened<T> wide) {
 #pragma GCC unroll 2
         for (int j = 0; j < W; ++j) sum[i * W + j] += wide.v[j];
     }
     NK_INLINE void full(index_t at) {
 #pragma GCC unroll 16
-        for (int i = 0; i < K; ++i) add(i, load<T>(p + (at + i * kWidth<T>)*sizeof(T)));
+        for (int i = 0; i < K; ++i) add(i, load_widened<T>(p + (at + i * kWidth<T>)*sizeof(T)));
     }
     NK_INLINE void tail(index_t at, int n) {
 #pragma GCC unroll 16
         for (int i = 0; i < K; ++i, n -= kWidth<T>) {
-            if (n > 0) add(i, load_rest<T>(p + (at + i * kWidth<T>)*sizeof(T), n));
+            if (n > 0) add(i, widened<T>(load_rest<T>(p + (at + i * kWidth<T>)*sizeof(T), n)));
         }
     }
     NK_INLINE void flush() { total += sum_by_halves<double, K * W>(sum); }
@@ -218,36 +217,48 @@ NK_INLINE double m2_about_mean(double squares, double off, double count) {
     return m2 < 0 ? 0 : m2;
 }
 
-template <class T, bool Center>
-NK_INLINE Moments leaf_along(In x, index_t rows, index_t lanes) {
-    Moments m;
-    m.count = static_cast<double>(rows * lanes);
-    if constexpr (!Center) {
-        SquaresBlock<T> squares{x, Vec<T>{}, {}, {}, 0};
-        for_steps(rows, lanes, squares);
-        m.m2 = squares.total;
-    } else if constexpr (kLoose) {
-        const T pilot = value_at<T>(x.p);
-        LooseBlock<T> block{x, splat<T>(pilot), {}, {}, {}, 0, 0};
-        for_steps(rows, lanes, block);
-        m.mean = pilot + block.total / m.count;
-        m.m2 = m2_about_mean(block.total_squares, block.total / m.count, m.count);
-    } else {
-        MeanBlock<T> sum{x, {}, {}, 0};
-        for_steps(rows, lanes, sum);
-        m.mean = sum.total / m.count;
-        const T pilot = static_cast<T>(m.mean);
-        SquaresBlock<T> squares{x, splat<T>(pilot), {}, {}, 0};
-        for_steps(rows, lanes, squares);
-        m.m2 = m2_about_mean(squares.total, m.mean - static_cast<double>(pilot), m.count);
-    }
-    return m;
+template <class T>
+NK_INLINE double leaf_mean(In x, index_t rows, index_t lanes) {
+    MeanBlock<T> sum{x, {}, {}, 0};
+    for_steps(rows, lanes, sum);
+    return sum.total / static_cast<double>(rows * lanes);
+}
+
+template <class T>
+NK_INLINE double leaf_squares(In x, index_t rows, index_t lanes, T pilot) {
+    SquaresBlock<T> squares{x, splat<T>(pilot), {}, {}, 0};
+    for_steps(rows, lanes, squares);
+    return squares.total;
+}
+
+template <class T>
+NK_INLINE Moments loose_leaf(In x, index_t rows, index_t lanes) {
+    const double count = static_cast<double>(rows * lanes);
+    const T pilot = value_at<T>(x.p);
+    LooseBlock<T> block{x, splat<T>(pilot), {}, {}, {}, 0, 0};
+    for_steps(rows, lanes, block);
+    const double off = block.total / count;
+    return {count, pilot + off, m2_about_mean(block.total_squares, off, count)};
 }
 
 template <class T>
 void moments_along(In x, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center, Moments* out) {
+    const double count = static_cast<double>(rows * lanes);
+    if (!center || kLoose) {
+        for (index_t i = 0; i < leaves; ++i, x.p += leaf) {
+            out[i] = center ? loose_leaf<T>(x, rows, lanes) : Moments{count, 0, leaf_squares<T>(x, rows, lanes, 0)};
+        }
+        return;
+    }
+    // The mean of the next leaf before the squares of this one: what is left of a sum at its end, folding and a division,
+    // is latency, and hides behind other work.
+    double next = leaf_mean<T>(x, rows, lanes);
     for (index_t i = 0; i < leaves; ++i, x.p += leaf) {
-        out[i] = center ? leaf_along<T, true>(x, rows, lanes) : leaf_along<T, false>(x, rows, lanes);
+        const double mean = next;
+        if (i + 1 < leaves) next = leaf_mean<T>(In{x.p + leaf, x.row}, rows, lanes);
+        const T pilot = static_cast<T>(mean);
+        const double squares = leaf_squares<T>(x, rows, lanes, pilot);
+        out[i] = {count, mean, m2_about_mean(squares, mean - static_cast<double>(pilot), count)};
     }
 }
 
@@ -528,7 +539,8 @@ NK_INLINE void leaf_down(In x, index_t rows, int n, double seen, double* mean, d
         for (index_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
             for (int i = 0; i < V; ++i) {
-                const Widened<T> wide = widened<T>(load_chunk<T, V>(x.at(r), i, n));
+                const Widened<T> wide = V > 1 ? load_widened<T>(x.at(r) + i * kVectorBytes)
+                                              : widened<T>(load_chunk<T, V>(x.at(r), i, n));
 #pragma GCC unroll 2
                 for (int j = 0; j < W; ++j) sum[i * W + j] += wide.v[j];
             }

@@ -10,6 +10,8 @@
 namespace normkit::cpu {
 namespace {
 
+constexpr index_t kLeavesAtOnce = 8;
+
 constexpr unsigned kForwardOperands = bit(kX) | bit(kY) | bit(kWeight) | bit(kBias);
 constexpr unsigned kBackwardOperands = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kGradient);
 
@@ -56,6 +58,8 @@ class LeafReader {
         return {reinterpret_cast<const char*>(buffer), leaf.lanes * static_cast<index_t>(sizeof(T)), sizeof(T)};
     }
 
+    // Whether every run is evenly spaced in memory.
+    bool direct() const { return run_.n == 1; }
     bool one_row() const { return run_.n == 1 && runs_.size() == 1; }
 
    private:
@@ -146,9 +150,8 @@ class RowsForward {
             parallel_for(plan_.sets * leaf_pieces, schedule_.threads, [&](index_t i) {
                 const index_t set = i / leaf_pieces, piece = i % leaf_pieces;
                 const char* x = call_.x + plan_.kept.offset(kX, set);
-                for (index_t l = leaves * piece / leaf_pieces; l < leaves * (piece + 1) / leaf_pieces; ++l) {
-                    moments[set * leaves + l] = leaf(x, l);
-                }
+                const index_t first = leaves * piece / leaf_pieces, last = leaves * (piece + 1) / leaf_pieces;
+                for (index_t l = first; l < last;) l += some_leaves(x, l, last, &moments[set * leaves + l]);
             });
         }
         for (index_t set = 0; set < plan_.sets; ++set) {
@@ -171,12 +174,21 @@ class RowsForward {
         });
     }
 
-    Moments leaf(const char* x, index_t l) const {
+    // Moments of leaves l, l + 1, ... of the set at x: as many, before `last`, as are alike and lie in one run, so that one
+    // call of the kernel does them. Returns how many.
+    index_t some_leaves(const char* x, index_t l, index_t last, Moments* out) const {
         T buffer[kLeafLanes];
         const Leaves::Leaf piece = leaves_[l];
-        Moments m;
-        moments_along(k_, read_x_(x, piece, buffer), piece.rows, piece.lanes, 0, 1, plan_.center, &m);
-        return m;
+        const Strided at = read_x_(x, piece, buffer);
+        index_t n = 1;
+        if (leaves_.per_run > 1 && read_x_.direct()) {
+            const index_t full = leaves_.run / kLeafLanes - l % leaves_.per_run;
+            n = full < 1 ? 1 : full;
+            if (n > last - l) n = last - l;
+            if (n > kLeavesAtOnce) n = kLeavesAtOnce;
+        }
+        moments_along(k_, at, piece.rows, piece.lanes, kLeafLanes * at.lane, n, plan_.center, out);
+        return n;
     }
 
     void moments_of(index_t set, index_t n, Moments* out) const {
@@ -189,8 +201,13 @@ class RowsForward {
         }
         for (index_t i = 0; i < n; ++i) {
             const char* x = call_.x + plan_.kept.offset(kX, set + i);
-            out[i] = leaf(x, 0);
-            for (index_t l = 1; l < leaves_.count(); ++l) out[i].merge(leaf(x, l));
+            out[i] = Moments{};
+            for (index_t l = 0; l < leaves_.count();) {
+                Moments some[kLeavesAtOnce];
+                const index_t m = some_leaves(x, l, leaves_.count(), some);
+                for (index_t j = 0; j < m; ++j) out[i].merge(some[j]);
+                l += m;
+            }
         }
     }
 
