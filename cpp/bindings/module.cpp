@@ -18,7 +18,8 @@ namespace {
 // Elements from which on the GIL is released: below, giving it up and taking it back costs more than others gain.
 constexpr index_t kReleaseGil = 64 * 1024;
 
-// ------------------------------------------------------------------------------------------------ arguments, one by one
+// ------------------------------------------------------------------------------------------------ arguments, one by
+// one
 
 // Masked arrays and matrices are arrays that mean something else; other subclasses (memmap) are just arrays.
 bool plain_array(py::handle o) {
@@ -216,8 +217,8 @@ bool call(const View& x, F f) {
 // forward (given = false) and evaluate share their arguments but for momentum.
 template <class Args, class Operation>
 py::object run_forward(int norm, py::handle x, py::handle spec_object, py::handle weight, py::handle bias,
-                       py::handle eps, py::handle out, bool statistics, py::handle running_mean,
-                       py::handle running_var, bool updates, Args args, Operation operation) {
+                       py::handle eps, py::handle out, bool statistics, py::handle running_mean, py::handle running_var,
+                       bool updates, Args args, Operation operation) {
     Spec spec;
     if (!to_view(x, &args.x) || args.x.dtype != Dtype::float32 || !to_spec(norm, spec_object, args.x, &spec) ||
         !to_view(weight, &args.weight) || !to_view(bias, &args.bias) ||

@@ -10,8 +10,8 @@ namespace normkit {
 inline double rstd_of(const Moments& m, double eps) { return 1 / std::sqrt(m.m2 / m.count + eps); }
 
 // Whether moments taken in float can't be trusted: sums that overflowed (or met NaN or infinity), or squares so small
-// that float has lost them (2^-126 is the least normal number; 2^-26 of the variance is the contract's last digit). Then
-// the set is done again in double (moments_in_double). eps counts, because beside it a lost square does no harm.
+// that float has lost them (2^-126 is the least normal number; 2^-26 of the variance is the contract's last digit).
+// Then the set is done again in double (moments_in_double). eps counts, because beside it a lost square does no harm.
 inline bool is_doubtful(const Moments& m, double eps) {
     return !(std::isfinite(m.mean) && std::isfinite(m.m2) && m.m2 + eps * m.count >= 0x1p-100 * m.count);
 }

@@ -33,8 +33,8 @@ struct Offsets {
     }
 };
 
-// Axes from the outermost to the innermost. What lies beyond the n-th is not initialized, nor copied: nests are made and
-// passed around in every call, and all kMaxAxes axes are a kilobyte and a half.
+// Axes from the outermost to the innermost. What lies beyond the n-th is not initialized, nor copied: nests are made
+// and passed around in every call, and all kMaxAxes axes are a kilobyte and a half.
 struct Nest {
     int n = 0;
     union {

@@ -72,7 +72,8 @@ bool writable_once(const View& v) {
 }
 
 // A result may take the place of an input exactly, but not overlap one otherwise.
-bool result_fits(const View& result, std::initializer_list<const View*> in_place, std::initializer_list<const View*> in) {
+bool result_fits(const View& result, std::initializer_list<const View*> in_place,
+                 std::initializer_list<const View*> in) {
     if (!result.given()) return true;
     if (!writable_once(result)) return false;
     for (const View* v : in_place) {
@@ -269,7 +270,8 @@ bool backward(const Spec& spec, const Backward& args) {
     }
     const View mean = statistics_view(p.center ? args.mean : nullptr, sets), rstd = statistics_view(args.rstd, sets);
     if (!result_fits(args.dx, {&args.x, &args.dy}, {&args.weight, &mean, &rstd})) return false;
-    if (args.dx.given() && overlap(args.dx, args.x) && overlap(args.dx, args.dy) && !same(args.x, args.dy)) return false;
+    if (args.dx.given() && overlap(args.dx, args.x) && overlap(args.dx, args.dy) && !same(args.x, args.dy))
+        return false;
 
     const index_t parameters = add_gradient(spec, args.weight, args.x, &p);
     const bool wants_parameters = (args.dweight || args.dbias) && parameters > 0;

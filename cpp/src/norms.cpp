@@ -10,9 +10,9 @@ enum class Groups { none, channels, num_groups };
 
 struct Row {
     Norm norm;
-    Groups groups;      // none: trailing (or named) axes are kInner, the others kSample
-    unsigned set;       // S: the roles that share one mean and variance
-    unsigned params;    // P: the roles along which weight and bias vary
+    Groups groups;    // none: trailing (or named) axes are kInner, the others kSample
+    unsigned set;     // S: the roles that share one mean and variance
+    unsigned params;  // P: the roles along which weight and bias vary
     bool center;
 };
 

@@ -7,9 +7,9 @@ namespace normkit {
 
 struct ForwardCall {
     const char* x = nullptr;
-    char* y = nullptr;              // null: statistics only
-    const char* weight = nullptr;   // null: 1
-    const char* bias = nullptr;     // null: 0
+    char* y = nullptr;             // null: statistics only
+    const char* weight = nullptr;  // null: 1
+    const char* bias = nullptr;    // null: 0
     bool in_place = false;
     double eps = 0;
     // By statistic number. given: mean and rstd are read, else any that is not null is written.
@@ -22,14 +22,14 @@ struct ForwardCall {
 struct BackwardCall {
     const char* dy = nullptr;
     const char* x = nullptr;
-    const char* weight = nullptr;   // null: 1
-    const double* mean = nullptr;   // null: 0
+    const char* weight = nullptr;  // null: 1
+    const double* mean = nullptr;  // null: 0
     const double* rstd = nullptr;
     bool constant_statistics = false;
-    char* dx = nullptr;             // null: not wanted
+    char* dx = nullptr;  // null: not wanted
     bool in_place = false;
-    index_t parameters = 0;         // length of the gradients; 0: none is wanted
-    float* dweight = nullptr;       // null: not wanted
+    index_t parameters = 0;    // length of the gradients; 0: none is wanted
+    float* dweight = nullptr;  // null: not wanted
     float* dbias = nullptr;
 };
 

@@ -12,8 +12,8 @@ enum class Walk { rows, columns };
 struct Plan {
     Walk walk = Walk::rows;
     bool center = true;
-    index_t sets = 1;        // number of means and variances
-    index_t set_size = 1;    // elements that share one
+    index_t sets = 1;      // number of means and variances
+    index_t set_size = 1;  // elements that share one
     index_t total = 1;
 
     // Rows: set `s` is at kept.offsets(s); it has `runs.size()` runs of `run.size()` elements.
@@ -21,9 +21,9 @@ struct Plan {
     // lanes, and `runs.size()` rows go down each. Set number: o * lane.extent + group.
     Nest kept;
     Nest runs;
-    Nest run;     // rows
-    Axis lane;    // columns
-    Axis merge;   // columns
+    Nest run;    // rows
+    Axis lane;   // columns
+    Axis merge;  // columns
 };
 
 // A run of at least this many elements is walked as rows although other axes of the set lie outside it; a shorter one

@@ -8,10 +8,10 @@ namespace {
 // Less work than this for each thread costs more to hand out than it saves.
 constexpr index_t kElementsPerThread = 16 * 1024;
 
-// Results at least this large are written past the caches, if their rows are long enough that whole cache lines are most
-// of what is written. What the system says of L3 is no guide where machines are shared: measured, see
+// Results at least this large are written past the caches, if their rows are long enough that whole cache lines are
+// most of what is written. What the system says of L3 is no guide where machines are shared: measured, see
 // docs/decisions/0002-schedule.md.
-constexpr index_t kStreamBytes = index_t{12} << 20;
+constexpr index_t kStreamBytes = index_t{16} << 20;
 constexpr index_t kStreamRow = 256;
 
 index_t l2_bytes() {

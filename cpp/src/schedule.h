@@ -7,10 +7,10 @@ namespace normkit {
 
 struct Schedule {
     int threads = 1;
-    bool split = false;     // a set is shared by several units of work
-    bool resident = true;   // moments and apply (or sums and dx) on one unit before the next
-    bool stream = false;    // non-temporal stores
-    index_t lanes = 0;      // columns: neighbouring lanes in a unit, a multiple of merge.extent
+    bool split = false;    // a set is shared by several units of work
+    bool resident = true;  // moments and apply (or sums and dx) on one unit before the next
+    bool stream = false;   // non-temporal stores
+    index_t lanes = 0;     // columns: neighbouring lanes in a unit, a multiple of merge.extent
 };
 
 // `arrays`: how many arrays of x's size are read (1 forward, 2 backward). `write`: a result of x's size is written.

@@ -42,10 +42,10 @@ constexpr int kNormCount = 7;
 // Which norm, and over what. Only the fields that the norm needs are read.
 struct Spec {
     Norm norm = Norm::layer;
-    int channel_axis = 1;         // batch, instance, group; 0 <= channel_axis < ndim
-    index_t num_groups = 1;       // group
-    std::uint32_t axes = 0;       // axes, axes_rms: bit i stands for axis i of x
-    int normalized_dims = 1;      // layer, rms: how many trailing axes of x form the set
+    int channel_axis = 1;     // batch, instance, group; 0 <= channel_axis < ndim
+    index_t num_groups = 1;   // group
+    std::uint32_t axes = 0;   // axes, axes_rms: bit i stands for axis i of x
+    int normalized_dims = 1;  // layer, rms: how many trailing axes of x form the set
 };
 
 // Shapes below: "parameters" is (C,) for batch, instance and group, the trailing axes for layer and rms, and anything
@@ -53,21 +53,21 @@ struct Spec {
 // (C,), (N, C), (N, G), the leading axes, the axes not reduced.
 
 struct Forward {
-    View x;                        // float32
-    View y;                        // like x; may be x itself; absent: statistics only
-    View weight, bias;             // float32 parameters, or absent
-    double* mean = nullptr;        // out, or null
-    double* rstd = nullptr;        // out, 1 / sqrt(var + eps), or null
-    double* m2 = nullptr;          // out, sum of squared deviations, or null
+    View x;                  // float32
+    View y;                  // like x; may be x itself; absent: statistics only
+    View weight, bias;       // float32 parameters, or absent
+    double* mean = nullptr;  // out, or null
+    double* rstd = nullptr;  // out, 1 / sqrt(var + eps), or null
+    double* m2 = nullptr;    // out, sum of squared deviations, or null
     double eps = 1e-5;
     View running_mean, running_var;  // batch, instance: float32 or float64 (C,), updated in place; both or neither
     double momentum = 0.1;           // weight of the new value
 };
 
 struct Evaluate {
-    View x, y, weight, bias;       // as in Forward
+    View x, y, weight, bias;         // as in Forward
     View running_mean, running_var;  // float32 or float64 (C,): the statistics to normalize with
-    double* mean = nullptr;        // out: the statistics used, shape as in Forward, or null
+    double* mean = nullptr;          // out: the statistics used, shape as in Forward, or null
     double* rstd = nullptr;
     double eps = 1e-5;
 };
@@ -76,10 +76,10 @@ struct Backward {
     View dy, x;                    // float32, one shape
     const double* mean = nullptr;  // as Forward gave them; mean is not read by the rms norms
     const double* rstd = nullptr;
-    View weight;                   // or absent: gamma = 1
+    View weight;                       // or absent: gamma = 1
     bool constant_statistics = false;  // true: mean and rstd do not depend on x (evaluation, frozen batch norm)
-    View dx;                       // like x; may be x or dy itself; or absent
-    float* dweight = nullptr;      // C-contiguous parameters, or null
+    View dx;                           // like x; may be x or dy itself; or absent
+    float* dweight = nullptr;          // C-contiguous parameters, or null
     float* dbias = nullptr;
 };
 
@@ -103,17 +103,18 @@ std::vector<std::string> available_isas();
 std::string current_isa();
 bool select_isa(const std::string& name);
 
-// Copies n floats with all threads, by ordinary or non-temporal stores: the speed of memory that benchmarks compare with.
+// Copies n floats with all threads, by ordinary or non-temporal stores: the speed of memory that benchmarks compare
+// with.
 void copy(const float* from, float* to, index_t n, bool stream);
 
 // For tests and bug reports. None of the choices changes a bit of any result.
-struct Choices {                   // -1: as the schedule sees fit; 0: no; 1: yes
-    int split = -1;                // share one set among several units of work
-    int resident = -1;             // moments and apply on one unit while it is in cache
-    int stream = -1;               // non-temporal stores
-    const char* isa = nullptr;     // a name of available_isas(), with static lifetime
+struct Choices {                // -1: as the schedule sees fit; 0: no; 1: yes
+    int split = -1;             // share one set among several units of work
+    int resident = -1;          // moments and apply on one unit while it is in cache
+    int stream = -1;            // non-temporal stores
+    const char* isa = nullptr;  // a name of available_isas(), with static lifetime
 };
-struct Path {                      // what the last call of this thread did
+struct Path {  // what the last call of this thread did
     const char* walk = "";
     const char* isa = "";
     int threads = 0;

@@ -11,8 +11,8 @@
 namespace normkit::cpu {
 namespace {
 
-constexpr index_t kMostLanes = 512;    // of a unit: its statistics stay in L1
-constexpr index_t kLeastBlock = 256;   // rows; a block's partial sums then cost little beside its elements
+constexpr index_t kMostLanes = 512;   // of a unit: its statistics stay in L1
+constexpr index_t kLeastBlock = 256;  // rows; a block's partial sums then cost little beside its elements
 constexpr index_t kGatherLanes = 64;
 
 constexpr unsigned kOperandsForward = bit(kX) | bit(kY) | bit(kWeight) | bit(kBias);
@@ -25,7 +25,7 @@ struct Unit {
 
 // How the lanes of a plan are cut into units.
 class Units {
-   public:
+  public:
     Units(const Plan& plan, const Schedule& schedule, unsigned operands) : plan_(plan) {
         // Neighbouring sets make one unit only where their lanes are evenly spaced in every operand.
         bool even = true;
@@ -66,7 +66,7 @@ class Units {
         return Tiles(nest, 0, rows_per);
     }
 
-   private:
+  private:
     const Plan& plan_;
     index_t per_, pieces_;
 };
@@ -110,7 +110,7 @@ using LaneStorage = T[SetStatistics<T>::kArrays * kMostLanes];
 
 template <class T>
 class ColumnsForward {
-   public:
+  public:
     ColumnsForward(const Plan& plan, const ForwardCall& call, const Kernels<T>& kernels, const Schedule& schedule)
         : plan_(plan),
           call_(call),
@@ -158,7 +158,7 @@ class ColumnsForward {
         });
     }
 
-   private:
+  private:
     void sweep_moments() {
         const index_t n = units_.count(), most = units_.most_lanes(), blocks = blocks_.count();
         const Buffer<double> parts(2 * n * blocks * most);
@@ -226,7 +226,8 @@ class ColumnsForward {
         }
     }
 
-    // Moments::merge of lanes of equal counts, all at once: the divisions of one after the other cost more than the rows.
+    // Moments::merge of lanes of equal counts, all at once: the divisions of one after the other cost more than the
+    // rows.
     Moments merged(double count, const double* mean, const double* m2) const {
         const index_t lanes = plan_.merge.extent;
         Moments m{count * static_cast<double>(lanes), mean[0], m2[0]};
@@ -274,7 +275,7 @@ class ColumnsForward {
 
 template <class T>
 class ColumnsBackward {
-   public:
+  public:
     ColumnsBackward(const Plan& plan, const BackwardCall& call, const Kernels<T>& kernels, const Schedule& schedule)
         : plan_(plan),
           call_(call),
@@ -362,7 +363,7 @@ class ColumnsBackward {
         write_parameters(call_, parameters_.get());
     }
 
-   private:
+  private:
     static void add(const Unit& u, double* total, const double* more, index_t most) {
         for (index_t l = 0; l < u.lanes; ++l) {
             total[l] += more[l];
@@ -403,8 +404,8 @@ class ColumnsBackward {
                     if (*p) *p += l;
                 }
                 backward(k_, tile(call_.dy, kDy, dy), tile(call_.x, kX, x),
-                         weighted ? tile(call_.weight, kWeight, w) : one<T>(), Strided{}, shifted, n, lanes,
-                         sum_g + l, sum_g_xhat + l, false);
+                         weighted ? tile(call_.weight, kWeight, w) : one<T>(), Strided{}, shifted, n, lanes, sum_g + l,
+                         sum_g_xhat + l, false);
             }
         }
     }
@@ -419,10 +420,10 @@ class ColumnsBackward {
                 double w = 1;
                 if (call_.weight && rows_share_parameters_) {
                     T value;
-                    std::memcpy(&value,
-                                call_.weight + at[kWeight] + i * plan_.lane.stride[kWeight] +
-                                    j * plan_.merge.stride[kWeight],
-                                sizeof value);
+                    std::memcpy(
+                        &value,
+                        call_.weight + at[kWeight] + i * plan_.lane.stride[kWeight] + j * plan_.merge.stride[kWeight],
+                        sizeof value);
                     w = value;
                 }
                 sums.g += w * sum_g[l];
@@ -460,8 +461,7 @@ void columns_forward(const Plan& plan, const ForwardCall& call, const Kernels<T>
 }
 
 template <class T>
-void columns_backward(const Plan& plan, const BackwardCall& call, const Kernels<T>& kernels,
-                      const Schedule& schedule) {
+void columns_backward(const Plan& plan, const BackwardCall& call, const Kernels<T>& kernels, const Schedule& schedule) {
     ColumnsBackward<T>(plan, call, kernels, schedule).run();
 }
 

@@ -210,8 +210,8 @@ struct LooseBlock {
     }
 };
 
-// M2 from squares about a pilot, `off` being the mean less the pilot. The pilot is the mean rounded to T, so nothing that
-// matters cancels; for a constant leaf it is exactly 0.
+// M2 from squares about a pilot, `off` being the mean less the pilot. The pilot is the mean rounded to T, so nothing
+// that matters cancels; for a constant leaf it is exactly 0.
 NK_INLINE double m2_about_mean(double squares, double off, double count) {
     const double m2 = squares - off * off * count;
     return m2 < 0 ? 0 : m2;
@@ -250,8 +250,8 @@ void moments_along(In x, index_t rows, index_t lanes, index_t leaf, index_t leav
         }
         return;
     }
-    // The mean of the next leaf before the squares of this one: what is left of a sum at its end, folding and a division,
-    // is latency, and hides behind other work.
+    // The mean of the next leaf before the squares of this one: what is left of a sum at its end, folding and a
+    // division, is latency, and hides behind other work.
     double next = leaf_mean<T>(x, rows, lanes);
     for (index_t i = 0; i < leaves; ++i, x.p += leaf) {
         const double mean = next;
@@ -325,8 +325,8 @@ void sums_along(In dy, In x, In w, Statistics<T> s, index_t rows, index_t lanes,
     }
 }
 
-// Applies f to every vector of a row of `lanes` elements: f(offset in bytes, n), n < kWidth<T> for the last, part-filled
-// one. Where the stores are to be non-temporal, p is brought to a vector boundary first.
+// Applies f to every vector of a row of `lanes` elements: f(offset in bytes, n), n < kWidth<T> for the last,
+// part-filled one. Where the stores are to be non-temporal, p is brought to a vector boundary first.
 template <class T, class F>
 NK_INLINE void for_vectors(index_t lanes, const char* aligned_for, F f) {
     index_t at = 0;
@@ -468,9 +468,8 @@ NK_INLINE void copy_rows(In x, Out y, index_t rows, index_t lanes) {
     for (index_t r = 0; r < rows; ++r) {
         const char* px = x.at(r);
         char* py = y.at(r);
-        for_vectors<T>(lanes, Stream ? py : nullptr, [=](index_t o, int n) NK_INLINE_LAMBDA {
-            put<T, Stream>(py + o, load_rest<T>(px + o, n), n);
-        });
+        for_vectors<T>(lanes, Stream ? py : nullptr,
+                       [=](index_t o, int n) NK_INLINE_LAMBDA { put<T, Stream>(py + o, load_rest<T>(px + o, n), n); });
     }
 }
 
@@ -497,8 +496,8 @@ constexpr int kChunk = 2;
 // enough that the rows are read and written as so many forward streams.
 constexpr index_t kRowsAtOnce = 8;
 
-// Calls f(first lane, vectors in the chunk as a constant, elements in its last vector). The first `head` lanes, fewer than
-// a vector, go by themselves.
+// Calls f(first lane, vectors in the chunk as a constant, elements in its last vector). The first `head` lanes, fewer
+// than a vector, go by themselves.
 template <class T, class F>
 NK_INLINE void for_chunks(index_t lanes, F f, index_t head = 0) {
     constexpr index_t width = kWidth<T>;
@@ -539,8 +538,8 @@ NK_INLINE void leaf_down(In x, index_t rows, int n, double seen, double* mean, d
         for (index_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
             for (int i = 0; i < V; ++i) {
-                const Widened<T> wide = V > 1 ? load_widened<T>(x.at(r) + i * kVectorBytes)
-                                              : widened<T>(load_chunk<T, V>(x.at(r), i, n));
+                const Widened<T> wide =
+                    V > 1 ? load_widened<T>(x.at(r) + i * kVectorBytes) : widened<T>(load_chunk<T, V>(x.at(r), i, n));
 #pragma GCC unroll 2
                 for (int j = 0; j < W; ++j) sum[i * W + j] += wide.v[j];
             }
@@ -589,7 +588,8 @@ NK_INLINE void leaf_down(In x, index_t rows, int n, double seen, double* mean, d
         T sums[kLanes];
         unload_chunk<T, V>(sums, loose_sum);
         unload_chunk<T, V>(pilots, pilot);
-        for (int i = 0; i < kLanes; ++i) means[i] = static_cast<double>(pilots[i]) + static_cast<double>(sums[i]) / count;
+        for (int i = 0; i < kLanes; ++i)
+            means[i] = static_cast<double>(pilots[i]) + static_cast<double>(sums[i]) / count;
     }
     // Moments::merge, with the divisions of the counts taken out of the loop (all lanes have seen the same rows).
     const double share = count / (seen + count);
@@ -681,12 +681,15 @@ template <class T, bool WLane, bool Stream>
 NK_INLINE void apply_down_rows(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes) {
     for (index_t r = 0; r < rows; r += kRowsAtOnce) {
         const index_t n_rows = rows - r < kRowsAtOnce ? rows - r : kRowsAtOnce;
-        for_chunks<T>(lanes, [=](index_t lane, auto v, int n) NK_INLINE_LAMBDA {
-            const index_t o = lane * static_cast<index_t>(sizeof(T));
-            const index_t ow = WLane ? o : 0;
-            apply_down_chunk<T, WLane, Stream, v>(shifted(x, r, o), shifted(y, r, o), shifted(w, r, ow),
-                                                  shifted(b, r, ow), shifted(s, lane), n_rows, n);
-        }, Stream ? head_of<T>(y) : 0);
+        for_chunks<T>(
+            lanes,
+            [=](index_t lane, auto v, int n) NK_INLINE_LAMBDA {
+                const index_t o = lane * static_cast<index_t>(sizeof(T));
+                const index_t ow = WLane ? o : 0;
+                apply_down_chunk<T, WLane, Stream, v>(shifted(x, r, o), shifted(y, r, o), shifted(w, r, ow),
+                                                      shifted(b, r, ow), shifted(s, lane), n_rows, n);
+            },
+            Stream ? head_of<T>(y) : 0);
     }
 }
 
@@ -747,7 +750,8 @@ NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<T> s, i
         for (int i = 0; i < V; ++i) {
             const Vec<T> dyv = load_chunk<T, V>(dy.at(r), i, n);
             const Vec<T> d = load_chunk<T, V>(x.at(r), i, n) - hi[i];
-            if constexpr (Dx) put<T, Stream>(dx.at(r) + i * kVectorBytes, (dyv * a[i] - (d * rstd[i]) * e[i]) + c[i], n);
+            if constexpr (Dx)
+                put<T, Stream>(dx.at(r) + i * kVectorBytes, (dyv * a[i] - (d * rstd[i]) * e[i]) + c[i], n);
             if constexpr (Sum) {
                 const Vec<T> term = Dx ? dyv : dyv * wv[i];
                 sum[i] += term;
@@ -775,12 +779,15 @@ NK_INLINE void backward_down_rows(In dy, In x, In w, Out dx, Statistics<T> s, in
     const index_t at_once = Sum ? rows : kRowsAtOnce;
     for (index_t r = 0; r < rows; r += at_once) {
         const index_t n_rows = rows - r < at_once ? rows - r : at_once;
-        for_chunks<T>(lanes, [=](index_t lane, auto v, int n) NK_INLINE_LAMBDA {
-            const index_t o = lane * static_cast<index_t>(sizeof(T));
-            backward_down_chunk<T, SLane, WLane, Dx, Sum, Stream, v>(
-                shifted(dy, r, o), shifted(x, r, o), shifted(w, r, WLane ? o : 0), shifted(dx, r, o),
-                shifted(s, SLane ? lane : r * s.row), n_rows, n, sum_g + lane, sum_g_xhat + lane);
-        }, Stream ? head_of<T>(dx) : 0);
+        for_chunks<T>(
+            lanes,
+            [=](index_t lane, auto v, int n) NK_INLINE_LAMBDA {
+                const index_t o = lane * static_cast<index_t>(sizeof(T));
+                backward_down_chunk<T, SLane, WLane, Dx, Sum, Stream, v>(
+                    shifted(dy, r, o), shifted(x, r, o), shifted(w, r, WLane ? o : 0), shifted(dx, r, o),
+                    shifted(s, SLane ? lane : r * s.row), n_rows, n, sum_g + lane, sum_g_xhat + lane);
+            },
+            Stream ? head_of<T>(dx) : 0);
     }
 }
 

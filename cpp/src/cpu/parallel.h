@@ -15,8 +15,7 @@ void parallel_for(index_t pieces, int threads, const F& f) {
         for (index_t i = 0; i < pieces; ++i) f(i);
         return;
     }
-    run_pieces(
-        pieces, threads, [](const void* context, index_t i) { (*static_cast<const F*>(context))(i); }, &f);
+    run_pieces(pieces, threads, [](const void* context, index_t i) { (*static_cast<const F*>(context))(i); }, &f);
 }
 
 }  // namespace normkit::cpu

@@ -1,7 +1,7 @@
 // The rows walk: a set is made of contiguous runs (layer, rms; batch, instance, group in NCHW).
 //
-// A set is a row of leaves: pieces of a run, or several short runs. Moments and backward sums are taken leaf by leaf and
-// merged in the order of the leaves, whoever computed them. Then y (or dx) is written, element by element.
+// A set is a row of leaves: pieces of a run, or several short runs. Moments and backward sums are taken leaf by leaf
+// and merged in the order of the leaves, whoever computed them. Then y (or dx) is written, element by element.
 
 #include <cstring>
 
@@ -32,7 +32,7 @@ Nest rows_and_lanes(const Axis& rows, const Axis& lanes) {
 // else gathered.
 template <class T>
 class LeafReader {
-   public:
+  public:
     LeafReader(const Nest& runs, const Nest& run, Operand operand)
         : operand_(operand), runs_(collapse(runs, bit(operand))), run_(collapse(run, bit(operand))) {}
 
@@ -62,7 +62,7 @@ class LeafReader {
     bool direct() const { return run_.n == 1; }
     bool one_row() const { return run_.n == 1 && runs_.size() == 1; }
 
-   private:
+  private:
     Operand operand_;
     Nest runs_, run_;
 };
@@ -93,7 +93,7 @@ index_t pieces_per_set(const Plan& plan, index_t most, const Schedule& schedule)
 
 template <class T>
 class RowsForward {
-   public:
+  public:
     RowsForward(const Plan& plan, const ForwardCall& call, const Kernels<T>& kernels, const Schedule& schedule)
         : plan_(plan),
           call_(call),
@@ -119,7 +119,7 @@ class RowsForward {
         }
     }
 
-   private:
+  private:
     // Moments, then apply, a few sets at a time where they are small.
     void whole_sets(index_t first, index_t last) const {
         T storage[SetStatistics<T>::kArrays * kSetsAtOnce];
@@ -174,8 +174,8 @@ class RowsForward {
         });
     }
 
-    // Moments of leaves l, l + 1, ... of the set at x: as many, before `last`, as are alike and lie in one run, so that one
-    // call of the kernel does them. Returns how many.
+    // Moments of leaves l, l + 1, ... of the set at x: as many, before `last`, as are alike and lie in one run, so that
+    // one call of the kernel does them. Returns how many.
     index_t some_leaves(const char* x, index_t l, index_t last, Moments* out) const {
         T buffer[kLeafLanes];
         const Leaves::Leaf piece = leaves_[l];
@@ -262,10 +262,10 @@ class RowsForward {
     const Leaves leaves_;
     const LeafReader<T> read_x_;
     const Nest set_, elements_;
-    const Tiles tiles_;             // of a set
-    const Axis neighbours_;         // from a set to the next
-    const bool sets_are_rows_;      // every set is one row of elements
-    const bool leaf_is_set_;        // and one leaf
+    const Tiles tiles_;         // of a set
+    const Axis neighbours_;     // from a set to the next
+    const bool sets_are_rows_;  // every set is one row of elements
+    const bool leaf_is_set_;    // and one leaf
     const Tiles rows_of_sets_;
 };
 
@@ -274,8 +274,8 @@ class RowsForward {
 // The axes of a set by what they are to the parameters. A cell is where a set and the elements that share one parameter
 // meet. Where the innermost axis carries parameters (layer, rms) a cell is a single element: `by_element`.
 struct Cells {
-    Nest index;        // from cell to cell of a set
-    Nest runs, run;    // within a cell
+    Nest index;      // from cell to cell of a set
+    Nest runs, run;  // within a cell
     bool by_element;
 
     explicit Cells(const Plan& plan) {
@@ -299,7 +299,7 @@ struct Cells {
 
 template <class T>
 class RowsBackward {
-   public:
+  public:
     RowsBackward(const Plan& plan, const BackwardCall& call, const Kernels<T>& kernels, const Schedule& schedule)
         : plan_(plan),
           call_(call),
@@ -326,7 +326,7 @@ class RowsBackward {
         }
     }
 
-   private:
+  private:
     bool wants_set_sums() const { return call_.dx && !call_.constant_statistics; }
 
     void load_statistics(index_t set) {
@@ -462,7 +462,8 @@ class RowsBackward {
     // Layer, rms: dx and the gradients of the parameters in one reading, down kSumRows rows at a time. The rows that
     // share a parameter are summed in blocks that depend on their number only; a block's sums are in double.
     void by_element() {
-        // All axes in order, by what they are to the parameters: rows add up to one parameter, lanes and `others` don't.
+        // All axes in order, by what they are to the parameters: rows add up to one parameter, lanes and `others`
+        // don't.
         Nest rows, others;
         const Nest run = collapse(plan_.run, kBackwardOperands);
         for (const Nest& nest : {plan_.kept, plan_.runs, run.without_inner()}) {
@@ -478,8 +479,8 @@ class RowsBackward {
         const index_t other = others.size();
         const index_t width = other * lanes.extent;
         const Buffer<double> sums(call_.parameters ? 2 * blocks.count() * width : 0);
-        const bool one_reading = rows_are_sets && blocks.count() >= schedule_.threads && !schedule_.split &&
-                                 schedule_.resident;
+        const bool one_reading =
+            rows_are_sets && blocks.count() >= schedule_.threads && !schedule_.split && schedule_.resident;
         if (!one_reading) all_set_sums();
         const Tiles tile(rows_and_lanes(rows.inner(), lanes), 0);
         // Few blocks: their lanes are shared too.

@@ -11,14 +11,14 @@ namespace normkit::cpu {
 // Cache-line aligned, uninitialized.
 template <class E>
 class Buffer {
-   public:
+  public:
     Buffer() = default;
     explicit Buffer(index_t n)
         : data_(n > 0 ? static_cast<E*>(::operator new(n * sizeof(E), std::align_val_t{64})) : nullptr) {}
     E* get() const { return data_.get(); }
     E& operator[](index_t i) const { return data_.get()[i]; }
 
-   private:
+  private:
     struct Free {
         void operator()(E* p) const { ::operator delete(p, std::align_val_t{64}); }
     };
@@ -28,7 +28,7 @@ class Buffer {
 // The statistics of a range of sets as kernels read them: six arrays of the same length, filled set by set.
 template <class T>
 class SetStatistics {
-   public:
+  public:
     SetStatistics(T* storage, index_t sets) : p_(storage), sets_(sets) {}
     static constexpr index_t kArrays = 6;
 
@@ -63,7 +63,7 @@ class SetStatistics {
         return s;
     }
 
-   private:
+  private:
     T* hi() const { return p_; }
     T* lo() const { return p_ + sets_; }
     T* rstd() const { return p_ + 2 * sets_; }

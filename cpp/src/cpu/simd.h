@@ -133,7 +133,8 @@ NK_INLINE Widened<T> load_widened(const char* p) {
     if constexpr (sizeof(T) == 4) {
         const float* f = reinterpret_cast<const float*>(p);
 #if defined(__AVX512F__)
-        return {{(Vec<double>)_mm512_cvtps_pd(_mm256_loadu_ps(f)), (Vec<double>)_mm512_cvtps_pd(_mm256_loadu_ps(f + 8))}};
+        return {
+            {(Vec<double>)_mm512_cvtps_pd(_mm256_loadu_ps(f)), (Vec<double>)_mm512_cvtps_pd(_mm256_loadu_ps(f + 8))}};
 #else
         return {{(Vec<double>)_mm256_cvtps_pd(_mm_loadu_ps(f)), (Vec<double>)_mm256_cvtps_pd(_mm_loadu_ps(f + 4))}};
 #endif

@@ -57,7 +57,8 @@ TileStatistics<T> shifted(TileStatistics<T> s, index_t r, index_t l) {
 template <class T>
 void scatter(const T* from, index_t rows, index_t lanes, Strided to) {
     for (index_t r = 0; r < rows; ++r) {
-        for (index_t l = 0; l < lanes; ++l) std::memcpy(const_cast<char*>(to.at(r, l)), &from[r * lanes + l], sizeof(T));
+        for (index_t l = 0; l < lanes; ++l)
+            std::memcpy(const_cast<char*>(to.at(r, l)), &from[r * lanes + l], sizeof(T));
     }
 }
 
@@ -240,19 +241,19 @@ void moments_down(const Kernels<T>& k, Strided x, index_t rows, index_t lanes, i
     }
 }
 
-#define NORMKIT_INSTANTIATE(T)                                                                                        \
-    template Strided one<T>();                                                                                        \
-    template Strided zero<T>();                                                                                       \
-    template void gather<T>(Strided, index_t, index_t, T*);                                                           \
-    template void apply<T>(ApplyKernel<T>(&)[2], Strided, Strided, Strided, Strided, const TileStatistics<T>&,       \
-                           index_t, index_t, bool);                                                                   \
-    template void backward<T>(const Kernels<T>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&,       \
-                              index_t, index_t, double*, double*, bool);                                              \
-    template Sums sums_along<T>(const Kernels<T>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,     \
-                                index_t);                                                                             \
-    template void sums_of_rows<T>(const Kernels<T>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,   \
-                                  index_t, Sums*);                                                                    \
-    template void moments_along<T>(const Kernels<T>&, Strided, index_t, index_t, index_t, index_t, bool, Moments*);  \
+#define NORMKIT_INSTANTIATE(T)                                                                                      \
+    template Strided one<T>();                                                                                      \
+    template Strided zero<T>();                                                                                     \
+    template void gather<T>(Strided, index_t, index_t, T*);                                                         \
+    template void apply<T>(ApplyKernel<T>(&)[2], Strided, Strided, Strided, Strided, const TileStatistics<T>&,      \
+                           index_t, index_t, bool);                                                                 \
+    template void backward<T>(const Kernels<T>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&,      \
+                              index_t, index_t, double*, double*, bool);                                            \
+    template Sums sums_along<T>(const Kernels<T>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,    \
+                                index_t);                                                                           \
+    template void sums_of_rows<T>(const Kernels<T>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,  \
+                                  index_t, Sums*);                                                                  \
+    template void moments_along<T>(const Kernels<T>&, Strided, index_t, index_t, index_t, index_t, bool, Moments*); \
     template void moments_down<T>(const Kernels<T>&, Strided, index_t, index_t, index_t, bool, double*, double*);
 
 NORMKIT_INSTANTIATE(float)

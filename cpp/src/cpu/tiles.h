@@ -1,6 +1,6 @@
 // Tiles with any strides, brought before the kernels. A kernel wants contiguous lanes, and w and b that are both one a
-// row or both one a lane. Where an operand is not like that, or a set has to be scaled, the tile goes through buffers in
-// L1, a patch at a time; the bits are the same. Nothing is ever copied as a whole.
+// row or both one a lane. Where an operand is not like that, or a set has to be scaled, the tile goes through buffers
+// in L1, a patch at a time; the bits are the same. Nothing is ever copied as a whole.
 #pragma once
 
 #include "../nest.h"
