@@ -1,6 +1,6 @@
 """normkit beside torch, beside itself without its contracts, and beside a copy of the same size.
 
-    python bench/compare.py [--threads 2] [--cases bn,ln] [--loose PATH/_core*.so] [--json FILE]
+    python bench/compare.py [--threads 2] [--cases bn,ln] [--loose PATH/_core*.so] [--json FILE] [--plot FILE]
 
 Protocol: the same arrays for all, results compared before anything is timed, outputs given, rounds that interleave the
 contenders (A B C A B C), and the median of the per-round ratios. Each round lasts at least 20 ms a contender, and a
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="comma-separated beginnings of case names")
     parser.add_argument("--loose", help="a _core built without the contracts")
     parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--plot", help="draw the ratios to torch into this file (needs matplotlib)")
     options = parser.parse_args()
 
     cores: dict[str, Any] = {"normkit": _core}
@@ -196,9 +197,34 @@ def main() -> None:
             contracts = f"{100 / row['loose'] - 100:+10.0f}%" if "loose" in row else ""
             peer = f"{row['torch']:7.2f}x" if "torch" in row else " " * 8
             print(f"{name:24}{which:10}{row['us']:10.0f}{peer}{row['copy']:8.2f}{contracts}", flush=True)
+    if options.plot and torch is not None:
+        plot(rows, f"float32, {options.threads} threads, {_core.isa()}, outputs given", options.plot)
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"isa": _core.isa(), "threads": options.threads, "rows": rows}, file, indent=1)
+
+
+def plot(rows: list[dict[str, Any]], title: str, path: str) -> None:
+    """Our speed over torch's, and how much of the copy speed we reach, case by case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 7), sharey=True, layout="constrained")
+    names = list(dict.fromkeys(row["case"] for row in rows))
+    for which, shift, color in (("forward", -0.2, "#2a6f97"), ("backward", 0.2, "#e07a5f")):
+        chosen = [row for row in rows if row["pass"] == which]
+        places = [names.index(row["case"]) + shift for row in chosen]
+        axes[0].barh(places, [row["torch"] for row in chosen], height=0.38, color=color, label=which)
+        axes[1].barh(places, [row["copy"] for row in chosen], height=0.38, color=color, label=which)
+    axes[0].set(xscale="log", xlabel="torch's time / normkit's time", yticks=range(len(names)), yticklabels=names)
+    axes[0].axvline(1, color="black", linewidth=0.8)
+    axes[1].set(xlabel="time of a copy of x / normkit's time")
+    axes[0].invert_yaxis()
+    axes[1].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
 
 
 def check(case: Case, calls: dict[str, Any], which: int) -> None:
