@@ -18,8 +18,7 @@ namespace {
 // Elements from which on the GIL is released: below, giving it up and taking it back costs more than others gain.
 constexpr index_t kReleaseGil = 64 * 1024;
 
-// ------------------------------------------------------------------------------------------------ arguments, one by
-// one
+// ------------------------------------------------------------------------------------------------ arguments
 
 // Masked arrays and matrices are arrays that mean something else; other subclasses (memmap) are just arrays.
 bool plain_array(py::handle o) {
@@ -348,12 +347,8 @@ void py_force(py::handle isa_object, int split, int resident, int stream) {
     const char* name = nullptr;
     if (!isa_object.is_none()) {
         const auto isa = py::cast<std::string>(isa_object);
-        for (const char* known : {"baseline", "avx2", "avx512"}) {
-            if (isa == known) name = known;
-        }
-        bool here = false;
-        for (const std::string& available : available_isas()) here = here || available == isa;
-        if (!name || !here) throw py::value_error("isa must be one of normkit._core.isas(), got '" + isa + "'");
+        name = find_isa(isa);
+        if (!name) throw py::value_error("isa must be one of normkit._core.isas(), got '" + isa + "'");
     }
     this_thread_choices() = {split, resident, stream, name};
 }

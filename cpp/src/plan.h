@@ -47,7 +47,8 @@ struct Leaves {
     Leaf operator[](index_t i) const;
 };
 
-// Rows of a columns walk are summed in at most 64 blocks, whose partial results are merged in order.
+// Rows that are summed lane by lane (moments and sums of the columns walk, gradients of layer norm) are taken in at
+// most 64 blocks, whose partial results are merged in order.
 struct RowBlocks {
     index_t rows, block;
     RowBlocks(index_t rows, index_t least, index_t multiple);

@@ -49,7 +49,7 @@ Schedule make_schedule(const Plan& plan, int arrays, bool write, bool in_place) 
         const bool fits = plan.runs.size() * all * arrays * kElement <= l2_bytes() / 2;
         s.resident = choose(forced.resident, fits && plan.kept.size() >= s.threads) && forced.split != 1;
         s.split = !s.resident;
-        s.lanes = 512 / merge * merge;
+        s.lanes = kMostLanes / merge * merge;
         if (s.lanes > all) s.lanes = all;
     }
     const index_t row = plan.walk == Walk::rows ? plan.run.size() : plan.lane.extent * plan.merge.extent;

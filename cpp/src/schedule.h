@@ -5,6 +5,9 @@
 
 namespace normkit {
 
+// Lanes of a unit of the columns walk, at most: their statistics stay in L1.
+constexpr index_t kMostLanes = 512;
+
 struct Schedule {
     int threads = 1;
     bool split = false;    // a set is shared by several units of work

@@ -98,10 +98,12 @@ void set_num_threads(int threads);
 int get_num_threads();
 
 // Instruction sets compiled in and present on this machine, worst first, and the one in force. select_isa returns
-// false for one that is not available. The environment variable NORMKIT_ISA chooses at start-up.
+// false for one that is not available. The environment variable NORMKIT_ISA chooses at start-up. find_isa gives the
+// name with static lifetime, or null.
 std::vector<std::string> available_isas();
 std::string current_isa();
 bool select_isa(const std::string& name);
+const char* find_isa(const std::string& name);
 
 // Copies n floats with all threads, by ordinary or non-temporal stores: the speed of memory that benchmarks compare
 // with.

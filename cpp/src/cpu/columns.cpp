@@ -11,7 +11,6 @@
 namespace normkit::cpu {
 namespace {
 
-constexpr index_t kMostLanes = 512;   // of a unit: its statistics stay in L1
 constexpr index_t kLeastBlock = 256;  // rows; a block's partial sums then cost little beside its elements
 constexpr index_t kGatherLanes = 64;
 
@@ -72,10 +71,10 @@ class Units {
 };
 
 // Work in the order of memory: sample by sample, parts of its rows, and the units that lie side by side in them.
-struct Piece {
-    index_t unit, part;
+struct Part {
+    index_t unit, rows;  // rows: which tile or block of them
 };
-Piece piece_of(const Units& units, index_t parts, index_t i) {
+Part part_of(const Units& units, index_t parts, index_t i) {
     const index_t side = units.per_outer();
     return {i / (side * parts) * side + i % side, i / side % parts};
 }
@@ -153,8 +152,8 @@ class ColumnsForward {
         // last-level cache.
         const index_t n = units_.count() * tiles.count();
         parallel_for(n, schedule_.threads, [&](index_t back) {
-            const Piece piece = piece_of(units_, tiles.count(), n - 1 - back);
-            apply_tile(units_[piece.unit], tiles, piece.part);
+            const Part part_here = part_of(units_, tiles.count(), n - 1 - back);
+            apply_tile(units_[part_here.unit], tiles, part_here.rows);
         });
     }
 
@@ -164,9 +163,9 @@ class ColumnsForward {
         const Buffer<double> parts(2 * n * blocks * most);
         const auto part = [&](index_t unit, index_t block) { return &parts[2 * (unit * blocks + block) * most]; };
         parallel_for(n * blocks, schedule_.threads, [&](index_t i) {
-            const Piece piece = piece_of(units_, blocks, i);
-            double* mean = part(piece.unit, piece.part);
-            moments(units_[piece.unit], piece.part, mean, mean + most);
+            const Part part_here = part_of(units_, blocks, i);
+            double* mean = part(part_here.unit, part_here.rows);
+            moments(units_[part_here.unit], part_here.rows, mean, mean + most);
         });
         parallel_for(n, schedule_.threads, [&](index_t i) {
             const Unit u = units_[i];
@@ -298,9 +297,6 @@ class ColumnsBackward {
                                  i % plan_.lane.extent * plan_.lane.stride[kStatistic];
             statistics_.put(i, call_.mean ? call_.mean[from] : 0, call_.rstd[from]);
         }
-        // Before dx, which may take the place of x or dy.
-        if (call_.parameters && !rows_share_parameters_) sum_parameters<T>(plan_, call_, schedule_.threads);
-
         const bool wants_set_sums = call_.dx && !call_.constant_statistics;
         const bool wants_cells = call_.parameters && rows_share_parameters_;
         const Tiles all_rows = units_.rows(kOperandsBackward, 0);
@@ -311,6 +307,9 @@ class ColumnsBackward {
         const auto part = [&](index_t unit, index_t block) {
             return &parts[2 * (unit * (resident ? 1 : blocks) + block) * most];
         };
+        // Before dx, which may take the place of x or dy.
+        if (call_.parameters && !rows_share_parameters_) sum_parameters<T>(plan_, call_, schedule_.threads);
+
         if (resident) {
             parallel_for(n, schedule_.threads, [&](index_t i) {
                 const Unit u = units_[i];
@@ -330,9 +329,9 @@ class ColumnsBackward {
         } else {
             if (sums) {
                 parallel_for(n * blocks, schedule_.threads, [&](index_t i) {
-                    const Piece piece = piece_of(units_, blocks, i);
-                    double* to = part(piece.unit, piece.part);
-                    sum_block(units_[piece.unit], piece.part, to, to + most);
+                    const Part part_here = part_of(units_, blocks, i);
+                    double* to = part(part_here.unit, part_here.rows);
+                    sum_block(units_[part_here.unit], part_here.rows, to, to + most);
                 });
                 for (index_t i = 0; i < n; ++i) {
                     for (index_t b = 1; b < blocks; ++b) add(units_[i], part(i, 0), part(i, b), most);
@@ -344,8 +343,8 @@ class ColumnsBackward {
                 const Tiles tiles = units_.rows(kOperandsBackward, rows_per < 1 ? 1 : rows_per);
                 const index_t all = n * tiles.count();
                 parallel_for(all, schedule_.threads, [&](index_t back) {  // backwards, as in the forward pass
-                    const Piece piece = piece_of(units_, tiles.count(), all - 1 - back);
-                    dx_tile(units_[piece.unit], tiles, piece.part);
+                    const Part part_here = part_of(units_, tiles.count(), all - 1 - back);
+                    dx_tile(units_[part_here.unit], tiles, part_here.rows);
                 });
             }
         }

@@ -80,6 +80,11 @@ std::vector<std::string> available_isas() {
 
 std::string current_isa() { return cpu::isa_in_force().name; }
 
+const char* find_isa(const std::string& name) {
+    const cpu::Isa* isa = cpu::find(name);
+    return isa ? isa->name : nullptr;
+}
+
 bool select_isa(const std::string& name) {
     const cpu::Isa* isa = cpu::find(name);
     if (isa) cpu::chosen() = isa;

@@ -3,8 +3,9 @@
 // Why the order of memory is as it is: along a row everything is contiguous, so a row is read front to back; down the
 // rows a chunk of a few vectors of lanes keeps its statistics and sums in registers while kRowsAtOnce rows go by.
 //
-// Same bits on every instruction set: sums run in kStep virtual lanes (along) or one lane each (down), partial vectors
-// select and never multiply, -ffp-contract=off, and no code depends on alignment except the choice of the store.
+// Same bits on every instruction set: sums run in a fixed number of virtual lanes (along: kStep, for the one sum of
+// squares twice that) or one lane each (down), partial vectors select and never multiply, -ffp-contract=off, and no
+// code depends on alignment except the choice of the store.
 
 #include "kernels.h"
 

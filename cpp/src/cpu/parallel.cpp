@@ -1,8 +1,6 @@
 #include "parallel.h"
 
 #include <atomic>
-#include <cstdlib>
-#include <thread>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -16,13 +14,6 @@ namespace normkit {
 namespace {
 
 std::atomic<int> chosen_threads{0};
-
-// Non-temporal stores are weakly ordered: they must be visible before another thread is told that the work is done.
-void finish_stores() {
-#if defined(__SSE2__)
-    _mm_sfence();
-#endif
-}
 
 int default_threads() {
 #if defined(_OPENMP)
@@ -43,7 +34,13 @@ int get_num_threads() {
 
 namespace cpu {
 
-void run_pieces(index_t pieces, int threads, Piece piece, const void* context) {
+void finish_stores() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+void run_pieces(index_t pieces, int threads, PieceFunction piece, const void* context) {
 #if defined(_OPENMP)
     if (threads > pieces) threads = static_cast<int>(pieces);
 #pragma omp parallel num_threads(threads)
