@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from time import sleep
@@ -147,3 +148,26 @@ def test_forced_threads_end_with_the_block():
     with _debug.force(threads=3):
         assert nk.get_num_threads() == 3
     assert nk.get_num_threads() == 5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_child_of_a_parallel_parent_computes():
+    """In a fresh process, because the pool must be started before the fork; libgomp would wait for it for ever."""
+    script = textwrap.dedent(
+        """
+        import os, signal, sys
+        import numpy as np
+        import normkit as nk
+
+        nk.set_num_threads(2)
+        x = np.random.default_rng(0).standard_normal((64, 64, 32, 32), dtype=np.float32)
+        y = nk.layer_norm(x, 32)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            os._exit(0 if nk.layer_norm(x, 32).tobytes() == y.tobytes() else 1)
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], timeout=120)
+    assert done.returncode == 0
