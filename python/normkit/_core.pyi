@@ -1,8 +1,7 @@
 """The compiled core. Private: the public functions in `normkit.functional` call it, `normkit._debug` steers it.
 
 All arguments are positional. `forward`, `evaluate` and `backward` check everything they are given in one pass and
-answer None, having changed nothing, when an argument is not acceptable. That is why arguments are `object` here. With
-`stats`, RMS gives (y, rstd) and every other norm (y, mean, rstd).
+answer None, having changed nothing, when an argument is not acceptable. That is why arguments are `object` here.
 """
 
 from typing import Literal, overload
