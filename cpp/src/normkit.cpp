@@ -155,6 +155,18 @@ void update_running(const Forward& args, index_t channels, index_t samples, inde
     }
 }
 
+// The arrays that forward and evaluate have in common.
+template <class Args>
+ForwardCall call_on(const Args& args) {
+    ForwardCall call;
+    call.x = static_cast<const char*>(args.x.data);
+    call.y = static_cast<char*>(args.y.data);
+    call.weight = static_cast<const char*>(args.weight.data);
+    call.bias = static_cast<const char*>(args.bias.data);
+    call.in_place = args.y.data == args.x.data;
+    return call;
+}
+
 bool eps_fits(double eps) { return std::isfinite(eps) && eps >= 0; }
 
 }  // namespace
@@ -191,12 +203,7 @@ bool forward(const Spec& spec, const Forward& args) {
     if (!enough_values(spec, p)) return false;
 
     const Plan plan = make_plan(p);
-    ForwardCall call;
-    call.x = static_cast<const char*>(args.x.data);
-    call.y = static_cast<char*>(args.y.data);
-    call.weight = static_cast<const char*>(args.weight.data);
-    call.bias = static_cast<const char*>(args.bias.data);
-    call.in_place = args.y.data == args.x.data;
+    ForwardCall call = call_on(args);
     call.eps = args.eps;
     call.mean = args.mean;
     call.rstd = args.rstd;
@@ -238,12 +245,7 @@ bool evaluate(const Spec& spec, const Evaluate& args) {
         rstd[i] = 1 / std::sqrt(get(args.running_var, i % channels) + args.eps);
     }
     if (args.x.size() > 0) {
-        ForwardCall call;
-        call.x = static_cast<const char*>(args.x.data);
-        call.y = static_cast<char*>(args.y.data);
-        call.weight = static_cast<const char*>(args.weight.data);
-        call.bias = static_cast<const char*>(args.bias.data);
-        call.in_place = args.y.data == args.x.data;
+        ForwardCall call = call_on(args);
         call.given = true;
         call.mean = mean;
         call.rstd = rstd;

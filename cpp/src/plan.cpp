@@ -1,7 +1,5 @@
 #include "plan.h"
 
-#include "cpu/kernels.h"
-
 namespace normkit {
 namespace {
 
@@ -85,11 +83,11 @@ Plan make_plan(const Problem& problem) {
 }
 
 Leaves::Leaves(index_t runs_, index_t run_) : runs(runs_), run(run_) {
-    const index_t steps = (run + cpu::kStep - 1) / cpu::kStep;
-    if (steps > cpu::kLeafSteps) {
-        per_run = (run + cpu::kLeafLanes - 1) / cpu::kLeafLanes;
+    const index_t steps = (run + kStep - 1) / kStep;
+    if (steps > kLeafSteps) {
+        per_run = (run + kLeafLanes - 1) / kLeafLanes;
     } else if (steps > 0) {
-        rows = cpu::kLeafSteps / steps;
+        rows = kLeafSteps / steps;
     }
 }
 
@@ -98,8 +96,8 @@ Leaves::Leaf Leaves::operator[](index_t i) const {
         const index_t first = i * rows;
         return {first, runs - first < rows ? runs - first : rows, 0, run};
     }
-    const index_t lane = i % per_run * cpu::kLeafLanes;
-    return {i / per_run, 1, lane, run - lane < cpu::kLeafLanes ? run - lane : cpu::kLeafLanes};
+    const index_t lane = i % per_run * kLeafLanes;
+    return {i / per_run, 1, lane, run - lane < kLeafLanes ? run - lane : kLeafLanes};
 }
 
 RowBlocks::RowBlocks(index_t rows_, index_t least, index_t multiple) : rows(rows_), block((rows_ + 63) / 64) {

@@ -6,6 +6,15 @@
 
 namespace normkit {
 
+// The shape of every reduction, the same for every instruction set (cpp/README.md, "Same bits"; measured reasons in
+// docs/decisions/0001-reductions.md).
+constexpr index_t kStep = 32;       // virtual lanes of a float reduction along a row
+constexpr index_t kDepth = 16;      // additions in the data's dtype before a sum goes over to double
+constexpr index_t kLeafSteps = 64;  // a leaf along a row: at most 64 steps, 2,048 elements
+constexpr index_t kLeafLanes = kStep * kLeafSteps;
+constexpr index_t kLeafRows = 2 * kDepth;  // a leaf of moments down the rows: two chains of squares
+constexpr index_t kSumRows = kDepth;       // a leaf of backward sums down the rows: one chain
+
 // Rows: a set is made of contiguous runs. Columns: neighbouring lanes belong to different sets.
 enum class Walk { rows, columns };
 

@@ -23,13 +23,13 @@
 namespace {
 
 using normkit::index_t;
+using normkit::kDepth;
+using normkit::kLeafRows;
+using normkit::kLeafSteps;
+using normkit::kStep;
 using normkit::Moments;
 using normkit::cpu::In;
-using normkit::cpu::kDepth;
 using normkit::cpu::Kernels;
-using normkit::cpu::kLeafRows;
-using normkit::cpu::kLeafSteps;
-using normkit::cpu::kStep;
 using normkit::cpu::Out;
 using normkit::cpu::Rows;
 using normkit::cpu::Statistics;
