@@ -152,8 +152,8 @@ class ColumnsForward {
         // last-level cache.
         const index_t n = units_.count() * tiles.count();
         parallel_for(n, schedule_.threads, [&](index_t back) {
-            const Part part_here = part_of(units_, tiles.count(), n - 1 - back);
-            apply_tile(units_[part_here.unit], tiles, part_here.rows);
+            const Part here = part_of(units_, tiles.count(), n - 1 - back);
+            apply_tile(units_[here.unit], tiles, here.rows);
         });
     }
 
@@ -163,9 +163,9 @@ class ColumnsForward {
         const Buffer<double> parts(2 * n * blocks * most);
         const auto part = [&](index_t unit, index_t block) { return &parts[2 * (unit * blocks + block) * most]; };
         parallel_for(n * blocks, schedule_.threads, [&](index_t i) {
-            const Part part_here = part_of(units_, blocks, i);
-            double* mean = part(part_here.unit, part_here.rows);
-            moments(units_[part_here.unit], part_here.rows, mean, mean + most);
+            const Part here = part_of(units_, blocks, i);
+            double* mean = part(here.unit, here.rows);
+            moments(units_[here.unit], here.rows, mean, mean + most);
         });
         parallel_for(n, schedule_.threads, [&](index_t i) {
             const Unit u = units_[i];
@@ -329,9 +329,9 @@ class ColumnsBackward {
         } else {
             if (sums) {
                 parallel_for(n * blocks, schedule_.threads, [&](index_t i) {
-                    const Part part_here = part_of(units_, blocks, i);
-                    double* to = part(part_here.unit, part_here.rows);
-                    sum_block(units_[part_here.unit], part_here.rows, to, to + most);
+                    const Part here = part_of(units_, blocks, i);
+                    double* to = part(here.unit, here.rows);
+                    sum_block(units_[here.unit], here.rows, to, to + most);
                 });
                 for (index_t i = 0; i < n; ++i) {
                     for (index_t b = 1; b < blocks; ++b) add(units_[i], part(i, 0), part(i, b), most);
@@ -343,8 +343,8 @@ class ColumnsBackward {
                 const Tiles tiles = units_.rows(kOperandsBackward, rows_per < 1 ? 1 : rows_per);
                 const index_t all = n * tiles.count();
                 parallel_for(all, schedule_.threads, [&](index_t back) {  // backwards, as in the forward pass
-                    const Part part_here = part_of(units_, tiles.count(), all - 1 - back);
-                    dx_tile(units_[part_here.unit], tiles, part_here.rows);
+                    const Part here = part_of(units_, tiles.count(), all - 1 - back);
+                    dx_tile(units_[here.unit], tiles, here.rows);
                 });
             }
         }
