@@ -79,6 +79,11 @@ Part part_of(const Units& units, index_t parts, index_t i) {
     return {i / (side * parts) * side + i % side, i / side % parts};
 }
 
+// Where the statistics of a set stand in the caller's arrays.
+index_t statistic_of(const Plan& plan, index_t set) {
+    return plan.kept.offset(kStatistic, set / plan.lane.extent) + set % plan.lane.extent * plan.lane.stride[kStatistic];
+}
+
 // The statistics of a unit's sets, repeated for the lanes of each.
 template <class T>
 TileStatistics<T> lane_statistics(const Plan& plan, const SetStatistics<T>& sets, index_t set, const Unit& u,
@@ -127,7 +132,7 @@ class ColumnsForward {
     void run() {
         const Tiles all_rows = units_.rows(kOperandsForward, 0);
         if (call_.given) {
-            for (index_t i = 0; i < plan_.kept.size() * plan_.lane.extent; ++i) put_given(i);
+            for (index_t i = 0; i < plan_.sets; ++i) put_given(i);
         } else if (schedule_.resident) {
             parallel_for(units_.count(), schedule_.threads, [&](index_t i) {
                 const Unit u = units_[i];
@@ -243,8 +248,7 @@ class ColumnsForward {
     }
 
     void put_given(index_t set) {
-        const index_t i = plan_.kept.offset(kStatistic, set / plan_.lane.extent) +
-                          set % plan_.lane.extent * plan_.lane.stride[kStatistic];
+        const index_t i = statistic_of(plan_, set);
         statistics_.put(set, call_.mean[i], call_.rstd[i]);
     }
 
@@ -293,8 +297,7 @@ class ColumnsBackward {
 
     void run() {
         for (index_t i = 0; i < plan_.sets; ++i) {
-            const index_t from = plan_.kept.offset(kStatistic, i / plan_.lane.extent) +
-                                 i % plan_.lane.extent * plan_.lane.stride[kStatistic];
+            const index_t from = statistic_of(plan_, i);
             statistics_.put(i, call_.mean ? call_.mean[from] : 0, call_.rstd[from]);
         }
         const bool wants_set_sums = call_.dx && !call_.constant_statistics;
@@ -355,8 +358,7 @@ class ColumnsBackward {
             for (index_t l = 0; l < u.lanes; ++l) {
                 const index_t p = at + l / plan_.merge.extent * plan_.lane.stride[kGradient] +
                                   l % plan_.merge.extent * plan_.merge.stride[kGradient];
-                parameters_[p].g += part(i, 0)[l];
-                parameters_[p].g_xhat += part(i, 0)[most + l];
+                parameters_[p] += {part(i, 0)[l], part(i, 0)[most + l]};
             }
         }
         write_parameters(call_, parameters_.get());

@@ -15,6 +15,12 @@ namespace normkit::cpu {
 struct Sums {
     double g = 0;
     double g_xhat = 0;
+
+    Sums& operator+=(const Sums& more) {
+        g += more.g;
+        g_xhat += more.g_xhat;
+        return *this;
+    }
 };
 
 // Rows of bytes with a fixed distance. Lanes are contiguous.

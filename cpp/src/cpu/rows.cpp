@@ -89,6 +89,10 @@ index_t pieces_per_set(const Plan& plan, index_t most, const Schedule& schedule)
     return wanted < most ? wanted : most;
 }
 
+index_t elements_per_piece(const Plan& plan, const Schedule& schedule) {
+    return plan.set_size / pieces_per_set(plan, plan.set_size / kStep + 1, schedule) + 1;
+}
+
 // ------------------------------------------------------------------------------------------------------------ forward
 
 template <class T>
@@ -164,8 +168,7 @@ class RowsForward {
             finish(set, m, set, statistics);
         }
         if (!call_.y) return;
-        const index_t share = plan_.set_size / pieces_per_set(plan_, plan_.set_size / kStep + 1, schedule_) + 1;
-        const Tiles tiles(elements_, share);
+        const Tiles tiles(elements_, elements_per_piece(plan_, schedule_));
         // Backwards: what was read last is still in the last-level cache.
         const index_t n = plan_.sets * tiles.count();
         parallel_for(n, schedule_.threads, [&](index_t back) {
@@ -315,6 +318,7 @@ class RowsBackward {
           read_w_(runs_, run_, kWeight),
           leaf_is_set_(leaves_.count() == 1 && read_dy_.one_row() && read_x_.one_row() && read_w_.one_row()),
           elements_(collapse(joined(plan.runs, plan.run), kBackwardOperands)),
+          tiles_(elements_, 0),
           storage_(plan.sets * SetStatistics<T>::kArrays),
           statistics_(storage_.get(), plan.sets) {}
 
@@ -367,11 +371,7 @@ class RowsBackward {
         const TileStatistics<T> s = statistics_.tile(set, 0, 0, 1);
         const Offsets at = plan_.kept.offsets(set) + index_.offsets(c);
         Sums sums = leaf(at, 0, s);
-        for (index_t l = 1; l < leaves_.count(); ++l) {
-            const Sums more = leaf(at, l, s);
-            sums.g += more.g;
-            sums.g_xhat += more.g_xhat;
-        }
+        for (index_t l = 1; l < leaves_.count(); ++l) sums += leaf(at, l, s);
         return sums;
     }
 
@@ -400,9 +400,7 @@ class RowsBackward {
         for (index_t set = 0; set < plan_.sets; ++set) {
             const index_t at = plan_.kept.offset(kGradient, set);
             for (index_t c = 0; c < per_set; ++c) {
-                Sums& total = parameters[at + index_.offset(kGradient, c)];
-                total.g += sums[set * per_set + c].g;
-                total.g_xhat += sums[set * per_set + c].g_xhat;
+                parameters[at + index_.offset(kGradient, c)] += sums[set * per_set + c];
             }
         }
         write_parameters(call_, parameters.get());
@@ -413,8 +411,7 @@ class RowsBackward {
         for (index_t set = 0; set < plan_.sets; ++set) load_statistics(set);
         if (wants_sums) sweep_sums(sums);
         if (!call_.dx) return;
-        const index_t share = plan_.set_size / pieces_per_set(plan_, plan_.set_size / kStep + 1, schedule_) + 1;
-        const Tiles tiles(elements_, share);
+        const Tiles tiles(elements_, elements_per_piece(plan_, schedule_));
         const index_t n = plan_.sets * tiles.count();
         parallel_for(n, schedule_.threads, [&](index_t back) {  // backwards, as in the forward pass
             const index_t i = n - 1 - back, set = i / tiles.count();
@@ -438,10 +435,7 @@ class RowsBackward {
             for (index_t c = 0; c < per_set; ++c) {
                 const Sums* part = &parts[set * all + c * leaves];
                 Sums total = part[0];
-                for (index_t l = 1; l < leaves; ++l) {
-                    total.g += part[l].g;
-                    total.g_xhat += part[l].g_xhat;
-                }
+                for (index_t l = 1; l < leaves; ++l) total += part[l];
                 sums[set * per_set + c] = total;
             }
             finish(set, &sums[set * per_set]);
@@ -449,10 +443,9 @@ class RowsBackward {
     }
 
     void dx_set(index_t set) const {
-        const Tiles tiles(elements_, 0);
         const Offsets at = plan_.kept.offsets(set);
         const TileStatistics<T> s = statistics_.tile(set, 0, 0, 1);
-        for (index_t t = 0; t < tiles.count(); ++t) dx_tile(at, tiles, tiles[t], s);
+        for (index_t t = 0; t < tiles_.count(); ++t) dx_tile(at, tiles_, tiles_[t], s);
     }
 
     void dx_tile(const Offsets& set, const Tiles& tiles, const Tiles::Tile& tile, const TileStatistics<T>& s) const {
@@ -508,9 +501,7 @@ class RowsBackward {
                 if (n > kSumRows) n = kSumRows;
                 if (n > last - r) n = last - r;
                 const Offsets row = rows.offsets(r);
-                if (one_reading) {
-                    sums_of_sets(row[kSet], inner.stride[kSet], n);
-                }
+                if (one_reading) sums_of_sets(row[kSet], inner.stride[kSet], n);
                 for (index_t o = 0; o < other; ++o) {
                     Offsets at = row + others.offsets(o);
                     for (int k = 0; k < kOperands; ++k) at.at[k] += lane * lanes.stride[k];
@@ -592,6 +583,7 @@ class RowsBackward {
     const LeafReader<T> read_dy_, read_x_, read_w_;
     const bool leaf_is_set_;
     const Nest elements_;
+    const Tiles tiles_;  // of a set
     const Buffer<T> storage_;
     SetStatistics<T> statistics_;
 };
