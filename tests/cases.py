@@ -5,13 +5,34 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
+import ml_dtypes  # registers bfloat16 with NumPy
 import numpy as np
+import pytest
 
 import bounds
 import normkit as nk
 import reference
+from normkit import _core
 
 RATIOS = (0.0, 1.0, 1e2, 1e3, 1e4, 1e6)  # |mean| / std
+
+DTYPES = _core.dtypes()
+OTHERS = tuple(dtype for dtype in DTYPES if dtype != "float32")
+
+
+def ratios(dtype):
+    """Those of RATIOS at which `dtype` still tells numbers one standard deviation apart."""
+    eps = float(ml_dtypes.finfo(dtype).eps)
+    return tuple(ratio for ratio in RATIOS if ratio * eps <= 1)
+
+
+def arithmetic(dtype):
+    """What the results for data of `dtype` are judged in."""
+    if not bounds.is_double(dtype):
+        return np.float64
+    if not reference.EXTENDED:
+        pytest.skip("longdouble has no more digits than float64 here; see test_dtypes.test_float64_against_fractions")
+    return np.longdouble
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -37,19 +58,19 @@ DATA = {
 }
 
 
-def lines(rng, n, kinds=tuple(DATA), ratios=RATIOS):
-    """One set of n elements per kind of data and ratio of mean to standard deviation: float32 (sets, n)."""
+def lines(rng, n, kinds=tuple(DATA), ratios=RATIOS, dtype="float32"):
+    """One set of n elements per kind of data and ratio of mean to standard deviation: (sets, n)."""
     rows = [DATA[kind](rng, n) + sign * ratio for kind, sign in zip(kinds, (1, -1) * 3) for ratio in ratios]
-    return np.array(rows).astype(np.float32)
+    return np.clip(rows, -bounds.largest(dtype), bounds.largest(dtype)).astype(dtype)
 
 
-def random(rng, shape, mean=0.0, scale=1.0):
-    """Normal float32 data; the mean alternates in sign along axis 0."""
-    values = rng.standard_normal(shape) * scale
+def random(rng, shape, mean=0.0, scale=1.0, dtype="float32", offset=0.0):
+    """Normal data about `offset`; the mean alternates in sign along axis 0."""
+    values = rng.standard_normal(shape) * scale + offset
     if mean:
         sign = np.where(np.arange(shape[0]) % 2, -1.0, 1.0) if shape else 1.0
         values += mean * np.reshape(sign, (-1,) + (1,) * (len(shape) - 1))
-    return np.asarray(values, np.float32)
+    return np.asarray(values, dtype)
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
@@ -242,7 +263,7 @@ NORMS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One norm with its arguments on arrays of one shape, x in one memory order."""
+    """One norm with its arguments on arrays of one shape and dtype, x in one memory order."""
 
     norm: str
     shape: tuple[int, ...]
@@ -250,12 +271,15 @@ class Case:
     memory: str = "C"
     parameter: tuple[int, ...] | None = None  # shape of weight and bias against x, for normalize; None: by the set
     training: bool = True
+    dtype: str = "float32"
 
     def __str__(self):
         options = ",".join(f"{v}" for v in self.options.values()).replace(" ", "")
         parameter = "" if self.parameter is None else f"-w{self.parameter}".replace(" ", "")
         shape = "x".join(map(str, self.shape))
-        return f"{self.norm}-{shape}-{options}-{self.memory}{parameter}" + ("" if self.training else "-evaluation")
+        dtype = "" if self.dtype == "float32" else f"-{self.dtype}"
+        mode = "" if self.training else "-evaluation"
+        return f"{self.norm}-{shape}-{options}-{self.memory}{parameter}{mode}{dtype}"
 
     @property
     def row(self):
@@ -288,11 +312,16 @@ class Case:
     # -- arguments
 
     def arrange(self, values):
-        return MEMORY[self.memory](np.asarray(values, np.float32))
+        return MEMORY[self.memory](np.asarray(values, self.dtype))
 
-    def parameters(self, rng, scale=1.0):
-        """Random weight and bias; bias is None where the norm has none."""
-        weight, bias = (random(rng, self.weight_shape, scale=scale) for _ in range(2))
+    def random(self, rng, mean=0.0, scale=1.0, offset=0.0):
+        """An x, or a dy, of the case's shape, dtype and memory order."""
+        return self.arrange(random(rng, self.shape, mean, scale, self.dtype, offset))
+
+    def parameters(self, rng, scale=1.0, dtypes=None):
+        """Random weight and bias, of x's dtype unless `dtypes` names two; bias is None where the norm has none."""
+        dtypes = dtypes or (self.dtype, self.dtype)
+        weight, bias = (random(rng, self.weight_shape, scale=scale, dtype=dtype) for dtype in dtypes)
         return weight, bias if self.row.has_bias else None
 
     def running(self, rng, mean=0.0, dtype=np.float64):
@@ -335,22 +364,24 @@ class Case:
 
     # -- the reference and the comparison
 
-    def _against_view(self, parameter, default):
-        return default if parameter is None else np.asarray(parameter, np.float64).reshape(self.sets.parameter)
+    def _against_view(self, parameter, default, dtype):
+        return default if parameter is None else np.asarray(parameter, dtype).reshape(self.sets.parameter)
 
     def exact_statistics(self, x, eps, running=None):
-        """Mean and rstd in float64, broadcasting against the view."""
+        """Mean and rstd in the reference's arithmetic, broadcasting against the view."""
+        dtype = arithmetic(x.dtype)
         if running is None:
-            return reference.statistics(x.reshape(self.sets.view), self.sets.axes, eps, self.row.center)
-        mean, var = (np.asarray(a, np.float64).reshape(self.sets.parameter) for a in running)
+            return reference.statistics(x.reshape(self.sets.view), self.sets.axes, eps, self.row.center, dtype)
+        mean, var = (np.asarray(a, dtype).reshape(self.sets.parameter) for a in running)
         return mean, 1 / np.sqrt(var + eps)
 
     def check_forward(self, y, x, weight=None, bias=None, eps=1e-5, statistics=None, running=None):
         """y, and the statistics (mean, rstd) if given, are within the bounds; x must still hold what y was made of."""
-        view, gamma, beta = self.sets.view, self._against_view(weight, 1.0), self._against_view(bias, 0.0)
-        mean, rstd = self.exact_statistics(x, eps, running)
-        y64, xhat64 = reference.normalize(x.reshape(view), mean, rstd, gamma, beta)
-        assert y.dtype == np.float32 and y.shape == x.shape
+        dtype = arithmetic(x.dtype)
+        gamma, beta = self._against_view(weight, 1.0, dtype), self._against_view(bias, 0.0, dtype)
+        view, (mean, rstd) = self.sets.view, self.exact_statistics(x, eps, running)
+        y64, xhat64 = reference.normalize(x.reshape(view), mean, rstd, gamma, beta, dtype)
+        assert y.dtype == x.dtype and y.shape == x.shape
         bounds.assert_forward(y.reshape(view), y64, xhat64, gamma, beta)
         if statistics is not None:
             got_mean, got_rstd = statistics
@@ -360,29 +391,32 @@ class Case:
                 assert statistic.dtype == np.float64 and statistic.shape == self.statistics_shape
             bounds.assert_statistics(x.reshape(view), self.expand(got_mean), self.expand(got_rstd), xhat64)
 
-    def check_backward(self, gradients, dy, x, statistics, weight=None, eps=1e-5, running=None):
+    def check_backward(self, gradients, dy, x, statistics, weight=None, eps=1e-5, running=None, grad_dtype=None):
         """dx, dweight, dbias are within the bounds; `normalize` without a weight has no shape for the last two.
 
-        dx is judged against the statistics of x in float64. dweight and dbias are sums of terms, and judged by their
-        terms: those with the statistics (mean, rstd) that backward was given, which are checked where they were made.
+        dx is judged against the statistics of x in float64; that of float64 data against the statistics (mean, rstd)
+        that backward was given (bounds.py says why). dweight and dbias are sums of terms, and judged by their terms:
+        those with the given statistics, which are checked where they were made.
         """
         view, axes, parameter = self.sets
         dx, dweight, dbias = gradients
-        dy, x, gamma = dy.reshape(view), x.reshape(view), self._against_view(weight, 1.0)
-        mean, rstd = self.exact_statistics(x, eps, running)
-        dx64, *_ = reference.gradient(dy, x, mean, rstd, axes, gamma, self.row.center, self.training)
-        assert dx.dtype == np.float32 and dx.shape == self.shape
-        bounds.assert_dx(dx.reshape(view), dx64, rstd, gamma * dy, axes)
+        dtype = arithmetic(x.dtype)
+        expected = np.dtype(grad_dtype or (x.dtype if weight is None else weight.dtype))
+        dy, x, gamma = dy.reshape(view), x.reshape(view), self._against_view(weight, 1.0, dtype)
+        given = [0.0 if a is None else self.expand(a) for a in statistics]
+        mean, rstd = given if bounds.is_double(x.dtype) else self.exact_statistics(x, eps, running)
+        dx64, *_ = reference.gradient(dy, x, mean, rstd, axes, gamma, self.row.center, self.training, dtype)
+        assert dx.dtype == x.dtype and dx.shape == self.shape
+        bounds.assert_dx(dx.reshape(view), dx64, rstd, gamma * dy.astype(dtype), axes)
         known = weight is not None or "axes" not in self.options
         assert (dweight is None) == (not known)
         assert (dbias is None) == (not known or not self.row.has_bias)
-        mean, rstd = (0.0 if a is None else self.expand(a) for a in statistics)
-        _, *terms = reference.gradient(dy, x, mean, rstd, axes)
+        _, *terms = reference.gradient(dy, x, *given, axes, dtype=dtype)
         for gradient, term in zip((dweight, dbias), terms):
             if gradient is not None:
-                assert gradient.dtype == np.float32 and gradient.shape == self.weight_shape
+                assert gradient.dtype == expected and gradient.shape == self.weight_shape
                 exact, absolute = reference.sum_to(term, parameter), reference.sum_to(np.abs(term), parameter)
-                bounds.assert_param_grad(gradient.reshape(parameter), exact, absolute)
+                bounds.assert_param_grad(gradient.reshape(parameter), exact, absolute, data=x.dtype)
 
 
 # --- the cases ----------------------------------------------------------------------------------------------------
@@ -407,13 +441,19 @@ def with_evaluation(cases):
     return [*cases, *(replace(case, training=False) for case in cases if case.row.evaluation is not None)]
 
 
+def in_every_dtype(cases, step=1):
+    """The cases, and every `step`-th of them again in each of the other dtypes, not the same ones for each."""
+    more = [replace(case, dtype=dtype) for i, dtype in enumerate(OTHERS) for case in cases[i % step :: step]]
+    return [*cases, *more]
+
+
 def line_cases(norm, values):
     """The sets of `values` (sets, n) in the layouts of one norm: (case, x, walk), x as it lies in memory."""
     found = []
     for shape, options, x, walk in NORMS[norm].lines(values):
         assert x.shape == shape
         order = "A" if norm in ("layer", "rms") else "C"  # there the columns come from Fortran memory
-        found.append((Case(norm, shape, options), np.array(x, order=order), walk))
+        found.append((Case(norm, shape, options, dtype=values.dtype.name), np.array(x, order=order), walk))
     return found
 
 

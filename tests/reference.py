@@ -1,8 +1,13 @@
-"""The formula in NumPy float64: what every test compares with, short enough to be believed by reading."""
+"""The formula in NumPy: what every test compares with, short enough to be believed by reading.
+
+`dtype` is that of the arithmetic: float64, and longdouble where float64 data is to be judged.
+"""
 
 from typing import NamedTuple
 
 import numpy as np
+
+EXTENDED = np.finfo(np.longdouble).nmant >= 63  # whether longdouble has digits to judge float64 by
 
 
 def mean(a, axes):
@@ -11,27 +16,27 @@ def mean(a, axes):
     return first + (a - first).mean(axes, keepdims=True)
 
 
-def statistics(x, axes, eps=1e-5, center=True):
+def statistics(x, axes, eps=1e-5, center=True, dtype=np.float64):
     """Mean (zeros unless `center`) and 1 / sqrt(variance + eps) of every set, axes kept with extent 1."""
-    x = np.asarray(x, np.float64)
+    x = np.asarray(x, dtype)
     mu = mean(x, axes) if center else np.zeros_like(x.sum(axes, keepdims=True))
     var = mean((x - mu) ** 2, axes)
     return mu, 1 / np.sqrt(var + eps)
 
 
-def normalize(x, mu, rstd, weight=1.0, bias=0.0):
+def normalize(x, mu, rstd, weight=1.0, bias=0.0, dtype=np.float64):
     """y and xhat."""
-    xhat = (np.asarray(x, np.float64) - mu) * rstd
+    xhat = (np.asarray(x, dtype) - mu) * rstd
     return weight * xhat + bias, xhat
 
 
-def gradient(dy, x, mu, rstd, axes, weight=1.0, center=True, training=True):
+def gradient(dy, x, mu, rstd, axes, weight=1.0, center=True, training=True, dtype=np.float64):
     """dx, and the terms that sum to dweight (dy * xhat) and to dbias (dy).
 
     `training`: mu and rstd were made from x, and dx flows through them too; else they are constants.
     """
-    dy = np.asarray(dy, np.float64)
-    xhat = (np.asarray(x, np.float64) - mu) * rstd
+    dy = np.asarray(dy, dtype)
+    xhat = (np.asarray(x, dtype) - mu) * rstd
     g = weight * dy
     through_mean = mean(g, axes) if training and center else 0.0
     through_rstd = xhat * mean(g * xhat, axes) if training else 0.0

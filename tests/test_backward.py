@@ -7,26 +7,28 @@ import pytest
 
 import bounds
 import normkit as nk
-from cases import NORMS, RATIOS, Case, any_axes, ids, layouts, random, with_evaluation
+from cases import DTYPES, NORMS, Case, any_axes, ids, in_every_dtype, layouts, random, ratios, with_evaluation
 
 EPS = 1e-5
 LAYOUTS = with_evaluation(layouts())
+EVERY = in_every_dtype(LAYOUTS, 5)
+SOME = in_every_dtype(LAYOUTS[::5], 2)
 NEEDS = ("x", "weight", "bias")
 
 
 def arguments(rng, case, ratio=0.0, dy_mean=0.0):
     """x, dy, weight, and the keywords that give an evaluating case its statistics."""
-    x = case.arrange(random(rng, case.shape, ratio))
-    dy = case.arrange(random(rng, case.shape) + np.float32(dy_mean))
+    x = case.random(rng, ratio)
+    dy = case.random(rng, offset=dy_mean)
     weight, _ = case.parameters(rng)
     running = None if case.training else case.running(rng, ratio)
     more = {} if case.training else {"running_mean": running[0], "running_var": running[1]}
     return x, dy, weight, running, more
 
 
-@pytest.mark.parametrize("case", LAYOUTS, ids=ids(LAYOUTS))
+@pytest.mark.parametrize("case", EVERY, ids=ids(EVERY))
 def test_layouts(rng, case):
-    for ratio in RATIOS:
+    for ratio in ratios(case.dtype):
         x, dy, weight, running, more = arguments(rng, case, ratio)
         for gamma in (None, weight):
             _, mean, rstd = case.forward(x, gamma, eps=EPS, **more)
@@ -34,11 +36,12 @@ def test_layouts(rng, case):
             case.check_backward(gradients, dy, x, (mean, rstd), gamma, EPS, running)
 
 
-@pytest.mark.parametrize("case", LAYOUTS[::3], ids=ids(LAYOUTS[::3]))
+@pytest.mark.parametrize("case", in_every_dtype(LAYOUTS[::3], 5), ids=ids(in_every_dtype(LAYOUTS[::3], 5)))
 @pytest.mark.parametrize("dy_mean", [1e2, 1e6])
 def test_dy_far_from_zero(rng, case, dy_mean):
     """dx is what is left when the mean of dy is taken away."""
-    x, dy, weight, running, more = arguments(rng, case, 1e3, dy_mean)
+    farthest = ratios(case.dtype)[-1]
+    x, dy, weight, running, more = arguments(rng, case, min(farthest, 1e3), min(farthest, dy_mean))
     _, mean, rstd = case.forward(x, eps=EPS, **more)
     case.check_backward(case.backward(dy, x, mean, rstd, weight), dy, x, (mean, rstd), weight, EPS, running)
 
@@ -58,7 +61,7 @@ def test_memory_of_dy_is_its_own(rng, norm):
                 assert gradients[0].strides == np.empty_like(x).strides
 
 
-@pytest.mark.parametrize("case", LAYOUTS[::5], ids=ids(LAYOUTS[::5]))
+@pytest.mark.parametrize("case", SOME, ids=ids(SOME))
 def test_needs(rng, case):
     """A gradient that is not named is None; the others keep their bits."""
     x, dy, weight, _, more = arguments(rng, case, 1.0)
@@ -82,14 +85,15 @@ def test_needs_every_gradient_by_default(rng):
 
 @pytest.mark.parametrize("norm", [norm for norm in NORMS if NORMS[norm].function != "normalize"])
 def test_without_weight_gamma_is_one(rng, norm):
-    """The five norms know the shape of their parameters, and give the gradients of a weight of ones."""
-    for case in layouts(((4, 6, 35),), (norm,)):
+    """The five norms know the shape of their parameters, and give the gradients of a weight of ones, of x's dtype."""
+    for case in in_every_dtype(layouts(((4, 6, 35),), (norm,))):
         x, dy, *_ = arguments(rng, case, 1.0)
         _, mean, rstd = case.forward(x, eps=EPS)
         without = case.backward(dy, x, mean, rstd)
-        ones = case.backward(dy, x, mean, rstd, np.ones(case.weight_shape, np.float32))
+        ones = case.backward(dy, x, mean, rstd, np.ones(case.weight_shape, case.dtype))
         for a, b in zip(without, ones):
             assert (a is None) == (b is None)
+            assert a is None or a.dtype == b.dtype == case.dtype
             np.testing.assert_array_equal(a, b)
 
 
@@ -129,12 +133,12 @@ def test_evaluation_treats_statistics_as_constants(rng, norm):
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 1), (1, 1, 4)])
-def test_sets_of_one_element_have_no_gradient(rng, shape):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sets_of_one_element_have_no_gradient(rng, shape, dtype):
     """xhat is 0 whatever x is."""
-    x, dy = random(rng, shape), random(rng, shape)
     axes = tuple(i for i, extent in enumerate(shape) if extent == 1)
-    case = Case("axes", shape, {"axes": axes}, parameter=shape)
-    weight = random(rng, shape)
+    case = Case("axes", shape, {"axes": axes}, parameter=shape, dtype=dtype)
+    x, dy, weight = (case.random(rng) for _ in range(3))
     _, mean, rstd = case.forward(x, weight, eps=EPS)
     gradients = case.backward(dy, x, mean, rstd, weight)
     case.check_backward(gradients, dy, x, (mean, rstd), weight, EPS)
@@ -144,7 +148,8 @@ def test_sets_of_one_element_have_no_gradient(rng, shape):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", [(0, 4, 6), (3, 4, 0), (0, 4, 0)])
-def test_nothing_to_differentiate(norm, shape):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_to_differentiate(norm, shape, dtype):
     """An empty x has an empty dx; a sum over nothing is zero."""
     for options in NORMS[norm].options((3, 4, 6)):
         if "normalized_shape" in options:
@@ -152,12 +157,12 @@ def test_nothing_to_differentiate(norm, shape):
         if "num_groups" in options:
             options = {**options, "num_groups": 1}
         case = Case(norm, shape, options)
-        x, statistics = np.empty(shape, np.float32), np.full(case.statistics_shape, np.nan)
-        weight = np.ones(case.weight_shape, np.float32)
+        x, statistics = np.empty(shape, dtype), np.full(case.statistics_shape, np.nan)
+        weight = np.ones(case.weight_shape, dtype)
         dx, dweight, dbias = case.backward(x, x, statistics, statistics, weight)
-        assert dx.shape == shape and dx.dtype == np.float32
+        assert dx.shape == shape and dx.dtype == dtype
         for gradient in (dweight, dbias) if case.row.has_bias else (dweight,):
-            assert gradient.shape == case.weight_shape and gradient.dtype == np.float32
+            assert gradient.shape == case.weight_shape and gradient.dtype == dtype
             np.testing.assert_array_equal(gradient, 0.0)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import bounds
 import reference
-from cases import Case, line_cases, permuted, random, subsets
+from cases import DTYPES, OTHERS, Case, arithmetic, line_cases, lines, permuted, random, subsets
 from normkit import _core, _debug
 
 EPS = 1e-5
@@ -19,6 +19,7 @@ SHAPES = (
     (2, 3, 1, 4), (3, 2, 2, 5), (1, 2, 1, 3), (2, 2, 3, 9),
     (1, 2, 1, 3, 1), (2, 3, 2, 1, 3), (2, 2, 3, 2, 3), (3, 2, 1, 2, 17),
 )  # fmt: skip
+SHAPES_OF_OTHERS = ((7,), (3, 4), (2, 33), (2, 3, 17), (3, 2, 2, 5))
 
 
 def parameters(shape):
@@ -38,28 +39,33 @@ def any_memory(rng, a, order):
     """Equal values with the axes in memory in the given order, some of them backwards, some with gaps."""
     flip = tuple(slice(None, None, -1) if back else slice(None) for back in rng.random(a.ndim) < 0.25)
     gaps = [2 if gap else 1 for gap in rng.random(a.ndim) < 0.25]
-    base = permuted(np.full([extent * gap for extent, gap in zip(a.shape, gaps)], np.nan, np.float32), order)
+    base = permuted(np.full([extent * gap for extent, gap in zip(a.shape, gaps)], np.nan, a.dtype), order)
     view = base[(..., *(slice(None, None, gap) for gap in gaps))][(..., *flip)]
     view[...] = a
     return view
 
 
 @pytest.mark.parametrize("center", [True, False])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_all_axes_memory_orders_and_weights(rng, shape, center):
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [(shape, "float32") for shape in SHAPES] + [(shape, dtype) for shape in SHAPES_OF_OTHERS for dtype in OTHERS],
+    ids=str,
+)
+def test_all_axes_memory_orders_and_weights(rng, shape, dtype, center):
     """Every subset of axes with every shape of weight, through all memory orders of x, dy and parameters in turn."""
     norm = "axes" if center else "axes without center"
     orders = list(permutations(range(len(shape))))
     x_orders, dy_orders = cycle(orders), cycle(orders[::-1] + orders[:1])
     for axes in subsets(len(shape)):
         for parameter in parameters(shape):
-            case = Case(norm, shape, {"axes": axes}, parameter=parameter)
-            x = any_memory(rng, random(rng, shape, 1e2), next(x_orders))
-            dy = any_memory(rng, random(rng, shape), next(dy_orders))
+            case = Case(norm, shape, {"axes": axes}, parameter=parameter, dtype=dtype)
+            x = any_memory(rng, case.random(rng, 1e2), next(x_orders))
+            dy = any_memory(rng, case.random(rng), next(dy_orders))
             weight = bias = None
             if parameter is not None:
                 weight, bias = (
-                    any_memory(rng, random(rng, parameter), rng.permutation(len(parameter))) for _ in range(2)
+                    any_memory(rng, random(rng, parameter, dtype=dtype), rng.permutation(len(parameter)))
+                    for _ in range(2)
                 )
             y, mean, rstd = case.forward(x, weight, bias, eps=EPS)
             case.check_forward(y, x, weight, bias, EPS, (mean, rstd))
@@ -121,11 +127,14 @@ def test_a_single_one_at_every_position(rng, shape, center):
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance", "group", "layer", "rms", "axes"])
-@pytest.mark.parametrize("n", [33, 66, 513, 514, 600, 2049])
-def test_a_single_one_in_long_sets(rng, norm, n):
+@pytest.mark.parametrize(
+    ("n", "dtype"),
+    [(n, "float32") for n in (33, 66, 513, 514, 600, 2049)] + [(n, dtype) for n in (33, 545) for dtype in OTHERS],
+)
+def test_a_single_one_in_long_sets(rng, norm, n, dtype):
     """Set i has its only one at position i: every position of every vector, block, leaf and tail, in every layout."""
-    ones = np.eye(n, dtype=np.float32)
-    noise = random(rng, (n, n), 1.0)
+    ones = np.eye(n, dtype=dtype)
+    noise = random(rng, (n, n), 1.0, dtype=dtype)
     for (case, x, walk), (_, data, _) in zip(line_cases(norm, ones), line_cases(norm, noise)):
         y, mean, rstd = case.forward(x, eps=0.0)
         case.check_forward(y, x, eps=0.0, statistics=(mean, rstd))
@@ -171,7 +180,9 @@ def moments_of(values, counts):
 
 def check_moments(got, values, counts):
     """By what they make of xhat, as any statistics are judged."""
-    mean, m2 = (np.asarray(a) for a in got)
+    count, mean, m2 = got
+    assert count == np.sum(counts)
+    mean, m2 = np.asarray(mean), np.asarray(m2)
     assert mean.dtype == m2.dtype == np.float64 and mean.shape == m2.shape == ()
     n, (mean64, m2_64) = np.sum(counts), moments_of(values, counts)
     xhat64 = (np.asarray(values, np.float64) - mean64) / np.sqrt(m2_64 / n + EPS)
@@ -206,10 +217,10 @@ def test_columns_beyond_int32(rng):
     windows = np.lib.stride_tricks.sliding_window_view(base, lanes)[:1024]
     x = np.lib.stride_tricks.as_strided(windows, (times, 1024, lanes), (0, *windows.strides))
     assert x.size > 2**31
-    mean, m2 = _core.moments(_core.BATCH, x, 2)
+    count, mean, m2 = _core.moments(_core.BATCH, x, 2)
     assert mean.shape == m2.shape == (lanes,)
     for lane in range(lanes):
-        check_moments((mean[lane], m2[lane]), base[lane : lane + 1024], np.full(1024, times))
+        check_moments((count, mean[lane], m2[lane]), base[lane : lane + 1024], np.full(1024, times))
 
 
 @pytest.mark.slow
@@ -220,6 +231,20 @@ def test_stride_zero_within_the_row_beyond_int32(inner):
     x = np.broadcast_to(values[:, None], (inner, MORE // inner))
     assert x.size > 2**31
     check_moments(_core.moments(_core.AXES, x, (0, 1)), values, np.full(inner, MORE // inner))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2, 33, 515, 2081])
+def test_moments(rng, n, dtype):
+    """Of rows and of columns, of any dtype: count, mean and M2, float64."""
+    values = lines(rng, n, dtype=dtype)
+    for norm, x, spec in ((_core.LAYER, values, (n,)), (_core.AXES, np.asfortranarray(values), (1,))):
+        count, mean, m2 = _core.moments(norm, x, spec)
+        assert type(count) is int and count == n
+        assert mean.dtype == m2.dtype == np.float64 and mean.shape == m2.shape == (len(values),)
+        mean64, rstd64 = reference.statistics(x, (1,), EPS, dtype=arithmetic(dtype))
+        _, xhat64 = reference.normalize(x, mean64, rstd64, dtype=arithmetic(dtype))
+        bounds.assert_statistics(x, mean[:, None], 1 / np.sqrt(m2 / n + EPS)[:, None], xhat64)
 
 
 def test_weights_of_every_shape_are_tried():

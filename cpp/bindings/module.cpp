@@ -18,24 +18,56 @@ namespace {
 // Elements from which on the GIL is released: below, giving it up and taking it back costs more than others gain.
 constexpr index_t kReleaseGil = 64 * 1024;
 
+constexpr int kFloat16Number = 23;  // NPY_HALF, which pybind11 does not list
+
 // ------------------------------------------------------------------------------------------------ arguments
+
+// Converting a number may run Python, which may give the memory of an array back or change its shape. So numbers come
+// first in every function below, and from the first to_view on nothing runs Python until the work is done.
+
+struct {
+    PyTypeObject *matrix, *masked, *boolean, *complex;
+} numpy_types;  // set on import
+
+void find_numpy_types() {
+    const auto find = [](const char* module, const char* name) {
+        return reinterpret_cast<PyTypeObject*>(py::object(py::module_::import(module).attr(name)).release().ptr());
+    };
+    numpy_types = {find("numpy", "matrix"), find("numpy.ma", "MaskedArray"), find("numpy", "bool_"),
+                   find("numpy", "complexfloating")};
+}
 
 // Masked arrays and matrices are arrays that mean something else; other subclasses (memmap) are just arrays.
 bool plain_array(py::handle o) {
     auto& api = py::detail::npy_api::get();
-    if (Py_TYPE(o.ptr()) == api.PyArray_Type_) return true;
+    PyTypeObject* const type = Py_TYPE(o.ptr());
+    if (type == api.PyArray_Type_) return true;
     if (!api.PyArray_Check_(o.ptr())) return false;
-    const py::module_ numpy = py::module_::import("numpy");
-    return !py::isinstance(o, numpy.attr("matrix")) && !py::isinstance(o, numpy.attr("ma").attr("MaskedArray"));
+    // By the type alone: isinstance would ask the object, too.
+    return !PyType_IsSubtype(type, numpy_types.matrix) && !PyType_IsSubtype(type, numpy_types.masked);
+}
+
+// bfloat16 is not NumPy's own: ml_dtypes registers it, under a number that is known once somebody has imported it.
+int bfloat16_number = -1;
+
+bool is_bfloat16(const py::dtype& d) {
+    if (bfloat16_number >= 0) return d.num() == bfloat16_number;
+    if (d.itemsize() != 2 || d.num() < py::detail::npy_api::NPY_VOID_) return false;
+    const py::dict modules = py::module_::import("sys").attr("modules");
+    if (!modules.contains("ml_dtypes")) return false;
+    const auto known = py::dtype::from_args(py::object(modules["ml_dtypes"]).attr("bfloat16"));
+    bfloat16_number = known.num();
+    return d.num() == bfloat16_number;
 }
 
 Dtype dtype_of(const py::array& a) {
     const py::dtype d = a.dtype();
-    if (d.byteorder() != '=' && d.byteorder() != '|') return Dtype::none;
+    if (d.byteorder() != '=') return Dtype::none;
     switch (d.num()) {
         case py::detail::npy_api::NPY_FLOAT_: return Dtype::float32;
         case py::detail::npy_api::NPY_DOUBLE_: return Dtype::float64;
-        default: return Dtype::none;
+        case kFloat16Number: return Dtype::float16;
+        default: return is_bfloat16(d) ? Dtype::bfloat16 : Dtype::none;
     }
 }
 
@@ -56,7 +88,7 @@ bool to_view(py::handle o, View* view, bool written = false) {
 }
 
 std::optional<index_t> to_index(py::handle o) {
-    if (!PyIndex_Check(o.ptr())) return std::nullopt;
+    if (!PyIndex_Check(o.ptr()) || PyBool_Check(o.ptr())) return std::nullopt;
     const Py_ssize_t i = PyNumber_AsSsize_t(o.ptr(), PyExc_OverflowError);
     if (i == -1 && PyErr_Occurred()) {
         PyErr_Clear();
@@ -66,7 +98,11 @@ std::optional<index_t> to_index(py::handle o) {
 }
 
 std::optional<double> to_double(py::handle o) {
-    if (!PyFloat_Check(o.ptr()) && !PyNumber_Check(o.ptr())) return std::nullopt;
+    if (!PyFloat_Check(o.ptr())) {
+        PyTypeObject* const type = Py_TYPE(o.ptr());
+        if (PyBool_Check(o.ptr()) || PyType_IsSubtype(type, numpy_types.boolean)) return std::nullopt;
+        if (PyType_IsSubtype(type, numpy_types.complex) || !PyNumber_Check(o.ptr())) return std::nullopt;
+    }
     const double v = PyFloat_AsDouble(o.ptr());
     if (v == -1 && PyErr_Occurred()) {
         PyErr_Clear();
@@ -75,31 +111,41 @@ std::optional<double> to_double(py::handle o) {
     return v;
 }
 
-// An int or a sequence of at most kMaxDims ints; -1 for anything else.
-int to_indices(py::handle o, index_t* out) {
+// What `spec` holds: an int, or a sequence of at most kMaxDims ints; none for anything else.
+struct Ints {
+    index_t values[kMaxDims];
+    int count = 0;
+    bool sequence = false;
+};
+
+Ints to_ints(py::handle o) {
+    Ints ints;
     if (const auto one = to_index(o)) {
-        out[0] = *one;
-        return 1;
+        ints.values[0] = *one;
+        ints.count = 1;
+        return ints;
     }
-    if (!PySequence_Check(o.ptr()) || py::isinstance<py::str>(o)) {
-        PyErr_Clear();
-        return -1;
+    if (!PySequence_Check(o.ptr()) || PyUnicode_Check(o.ptr()) || PyBytes_Check(o.ptr()) ||
+        PyByteArray_Check(o.ptr()) || PyMemoryView_Check(o.ptr())) {
+        return ints;
     }
+    ints.sequence = true;
     const Py_ssize_t n = PySequence_Size(o.ptr());
     if (n < 0 || n > kMaxDims) {
         PyErr_Clear();
-        return -1;
+        return ints;
     }
     for (Py_ssize_t i = 0; i < n; ++i) {
         const auto item = py::reinterpret_steal<py::object>(PySequence_GetItem(o.ptr(), i));
         const auto index = item ? to_index(item) : std::nullopt;
         if (!index) {
             PyErr_Clear();
-            return -1;
+            return ints;
         }
-        out[i] = *index;
+        ints.values[i] = *index;
     }
-    return static_cast<int>(n);
+    ints.count = static_cast<int>(n);
+    return ints;
 }
 
 bool to_axis(index_t axis, int ndim, int* out) {
@@ -108,17 +154,14 @@ bool to_axis(index_t axis, int ndim, int* out) {
     return true;
 }
 
-bool to_spec(int norm, py::handle o, const View& x, Spec* spec) {
-    if (norm < 0 || norm >= kNormCount || !x.given()) return false;
+bool to_spec(int norm, const Ints& ints, const View& x, Spec* spec) {
+    const int n = ints.count;
+    const index_t* const values = ints.values;
+    if (norm < 0 || norm >= kNormCount || !x.given() || n < 1) return false;
     spec->norm = static_cast<Norm>(norm);
-    if (spec->norm == Norm::batch || spec->norm == Norm::instance) {
-        const auto axis = to_index(o);
-        return axis && to_axis(*axis, x.ndim, &spec->channel_axis);
-    }
-    index_t values[kMaxDims];
-    const int n = to_indices(o, values);
-    if (n < 1) return false;
     switch (spec->norm) {
+        case Norm::batch:
+        case Norm::instance: return !ints.sequence && to_axis(values[0], x.ndim, &spec->channel_axis);
         case Norm::group:
             spec->num_groups = values[0];
             return n == 2 && to_axis(values[1], x.ndim, &spec->channel_axis);
@@ -140,16 +183,10 @@ bool to_spec(int norm, py::handle o, const View& x, Spec* spec) {
     }
 }
 
-// torch's rule: None stands for the machine epsilon of float32.
-std::optional<double> to_eps(const Spec& spec, py::handle o) {
-    if (o.is_none() && spec.norm == Norm::rms) return 0x1p-23;
-    return to_double(o);
-}
-
 // ------------------------------------------------------------------------------------------------------------ results
 
-// A new float32 array like x, its axes in the order of x's memory.
-py::array empty_like(const View& x) {
+// A new array like x, its axes in the order of x's memory.
+py::array empty_like(const View& x, const py::dtype& dtype) {
     Py_ssize_t shape[kMaxDims], strides[kMaxDims];
     int order[kMaxDims];
     for (int d = 0; d < x.ndim; ++d) {
@@ -165,12 +202,12 @@ py::array empty_like(const View& x) {
         for (int j = d; j > place; --j) order[j] = order[j - 1];
         order[place] = d;
     }
-    Py_ssize_t stride = sizeof(float);
+    Py_ssize_t stride = dtype.itemsize();
     for (int j = x.ndim - 1; j >= 0; --j) {
         strides[order[j]] = stride;
         stride *= shape[order[j]] > 0 ? shape[order[j]] : 1;
     }
-    return py::array(py::dtype::of<float>(), std::vector<Py_ssize_t>(shape, shape + x.ndim),
+    return py::array(dtype, std::vector<Py_ssize_t>(shape, shape + x.ndim),
                      std::vector<Py_ssize_t>(strides, strides + x.ndim));
 }
 
@@ -179,10 +216,12 @@ py::array_t<T> empty(const index_t* shape, int ndim) {
     return py::array_t<T>(std::vector<Py_ssize_t>(shape, shape + ndim));
 }
 
+py::dtype dtype_object(py::handle array) { return py::reinterpret_borrow<py::array>(array).dtype(); }
+
 // The array to write to: `out` where it is given and fits, else a new one. No value where out does not fit.
-std::optional<py::array> result_array(py::handle out, const View& x, View* view) {
+std::optional<py::array> result_array(py::handle out, py::handle x, const View& view_of_x, View* view) {
     if (out.is_none()) {
-        py::array made = empty_like(x);
+        py::array made = empty_like(view_of_x, dtype_object(x));
         to_view(made, view);
         return made;
     }
@@ -201,14 +240,39 @@ std::optional<py::array> statistics_array(const Spec& spec, const View& x, py::h
     for (int d = 0; d < ndim; ++d) {
         if (view.shape[d] != shape[d]) return std::nullopt;
     }
-    return py::array_t<double, py::array::c_style>::ensure(py::reinterpret_borrow<py::array>(o));
+    return py::array_t<double, py::array::c_style>(py::reinterpret_borrow<py::object>(o));
 }
 
+// Whether a signal handler wants the call to end; its exception is then set. Called without the GIL.
+bool is_signalled() {
+    py::gil_scoped_acquire acquired;
+    return PyErr_CheckSignals() != 0;
+}
+
+// While it exists, this thread's calls of the core ask f. They nest: a signal handler may call normkit.
+class Asking {
+  public:
+    explicit Asking(ShouldStop f) : outer_(this_thread_should_stop()) { this_thread_should_stop() = f; }
+    ~Asking() { this_thread_should_stop() = outer_; }
+
+  private:
+    const ShouldStop outer_;
+};
+
+// Long calls release the GIL, and answer Ctrl-C.
 template <class F>
 bool call(const View& x, F f) {
-    if (x.size() < kReleaseGil) return f();
-    py::gil_scoped_release released;
-    return f();
+    if (x.size() < kReleaseGil) {
+        const Asking nobody(nullptr);
+        return f();
+    }
+    try {
+        py::gil_scoped_release released;
+        const Asking python(is_signalled);
+        return f();
+    } catch (const Interrupted&) {
+        throw py::error_already_set();
+    }
 }
 
 // --------------------------------------------------------------------------------------------------------- operations
@@ -218,18 +282,25 @@ template <class Args, class Operation>
 py::object run_forward(int norm, py::handle x, py::handle spec_object, py::handle weight, py::handle bias,
                        py::handle eps, py::handle out, bool statistics, py::handle running_mean, py::handle running_var,
                        bool updates, Args args, Operation operation) {
+    const Ints ints = to_ints(spec_object);
+    std::optional<double> eps_value;
+    if (!eps.is_none()) {
+        eps_value = to_double(eps);
+        if (!eps_value) return py::none();
+    }
     Spec spec;
-    if (!to_view(x, &args.x) || args.x.dtype != Dtype::float32 || !to_spec(norm, spec_object, args.x, &spec) ||
-        !to_view(weight, &args.weight) || !to_view(bias, &args.bias) ||
-        !to_view(running_mean, &args.running_mean, updates) || !to_view(running_var, &args.running_var, updates)) {
+    if (!to_view(x, &args.x) || !to_spec(norm, ints, args.x, &spec) || !to_view(weight, &args.weight) ||
+        !to_view(bias, &args.bias) || !to_view(running_mean, &args.running_mean, updates) ||
+        !to_view(running_var, &args.running_var, updates)) {
         return py::none();
     }
-    const auto eps_value = to_eps(spec, eps);
+    // torch's rule: None stands for the machine epsilon of the type of arithmetic.
+    if (!eps_value && spec.norm == Norm::rms) eps_value = args.x.dtype == Dtype::float64 ? 0x1p-52 : 0x1p-23;
     index_t shape[kMaxDims];
     const int ndim = statistics_shape(spec, args.x, shape);
     if (!eps_value || ndim < 0) return py::none();
     args.eps = *eps_value;
-    const auto y = result_array(out, args.x, &args.y);
+    const auto y = result_array(out, x, args.x, &args.y);
     if (!y) return py::none();
     if (!statistics) {
         if (!call(args.x, [&] { return operation(spec, args); })) return py::none();
@@ -244,11 +315,12 @@ py::object run_forward(int norm, py::handle x, py::handle spec_object, py::handl
 
 py::object py_forward(int norm, py::handle x, py::handle spec, py::handle weight, py::handle bias, py::handle eps,
                       py::handle out, bool statistics, py::handle running_mean, py::handle running_var,
-                      py::handle momentum) {
-    const auto momentum_value = to_double(momentum);
-    if (!momentum_value) return py::none();
+                      py::handle momentum, py::handle ddof) {
+    const auto momentum_value = to_double(momentum), ddof_value = to_double(ddof);
+    if (!momentum_value || !ddof_value) return py::none();
     Forward args;
     args.momentum = *momentum_value;
+    args.ddof = *ddof_value;
     return run_forward(norm, x, spec, weight, bias, eps, out, statistics, running_mean, running_var, true, args,
                        [](const Spec& s, const Forward& a) { return forward(s, a); });
 }
@@ -259,17 +331,35 @@ py::object py_evaluate(int norm, py::handle x, py::handle spec, py::handle weigh
                        [](const Spec& s, const Evaluate& a) { return evaluate(s, a); });
 }
 
+// A new array for the gradient of the parameters, which has the weight's shape where there is one; none where nothing
+// tells the shape. dtype: 0 the weight's (or x's), 1 float32, 2 float64.
+std::optional<py::array> gradient_array(const Spec& spec, py::handle x, const View& view_of_x, py::handle weight,
+                                        const View& view_of_weight, int dtype, View* view) {
+    index_t shape[kMaxDims];
+    int ndim = view_of_weight.ndim;
+    for (int d = 0; d < ndim; ++d) shape[d] = view_of_weight.shape[d];
+    if (!view_of_weight.given()) ndim = parameter_shape(spec, view_of_x, shape);
+    if (ndim < 0) return std::nullopt;
+    py::array made(dtype == 1   ? py::dtype::of<float>()
+                   : dtype == 2 ? py::dtype::of<double>()
+                                : dtype_object(view_of_weight.given() ? weight : x),
+                   std::vector<Py_ssize_t>(shape, shape + ndim));
+    to_view(made, view);
+    return made;
+}
+
 // needs: 1 for dx, 2 for dweight, 4 for dbias.
 py::object py_backward(int norm, py::handle dy, py::handle x, py::handle mean, py::handle rstd, py::handle spec_object,
-                       py::handle weight, bool training, int needs, py::handle out) {
+                       py::handle weight, bool training, int needs, py::handle out, int grad_dtype) {
+    const Ints ints = to_ints(spec_object);
+    if (grad_dtype < 0 || grad_dtype > 2) return py::none();
     Backward args;
     Spec spec;
-    if (!to_view(dy, &args.dy) || !to_view(x, &args.x) || args.x.dtype != Dtype::float32 ||
-        args.dy.dtype != Dtype::float32 || !to_spec(norm, spec_object, args.x, &spec) ||
+    if (!to_view(dy, &args.dy) || !to_view(x, &args.x) || !to_spec(norm, ints, args.x, &spec) ||
         !to_view(weight, &args.weight)) {
         return py::none();
     }
-    const bool center = spec.norm != Norm::rms && spec.norm != Norm::axes_rms;
+    const bool center = has_mean(spec.norm);
     const auto rstd_array = statistics_array(spec, args.x, rstd);
     const auto mean_array = center ? statistics_array(spec, args.x, mean) : py::array();
     if (!rstd_array || !mean_array) return py::none();
@@ -279,52 +369,40 @@ py::object py_backward(int norm, py::handle dy, py::handle x, py::handle mean, p
 
     py::object dx = py::none(), dweight = py::none(), dbias = py::none();
     if (needs & 1) {
-        const auto result = result_array(out, args.x, &args.dx);
+        const auto result = result_array(out, x, args.x, &args.dx);
         if (!result) return py::none();
         dx = *result;
     } else if (!out.is_none()) {
         return py::none();
     }
-    // The parameters' shape: the weight's own where there is one, else the norm's.
-    index_t shape[kMaxDims];
-    int ndim = args.weight.ndim;
-    for (int d = 0; d < ndim; ++d) shape[d] = args.weight.shape[d];
-    bool known = args.weight.given();
-    if (!known && spec.norm != Norm::axes && spec.norm != Norm::axes_rms) {
-        known = true;
-        const bool trailing = spec.norm == Norm::layer || spec.norm == Norm::rms;
-        ndim = trailing ? spec.normalized_dims : 1;
-        for (int d = 0; d < ndim; ++d) {
-            shape[d] = trailing ? args.x.shape[args.x.ndim - ndim + d] : args.x.shape[spec.channel_axis];
-        }
+    if (needs & 2) {
+        const auto made = gradient_array(spec, x, args.x, weight, args.weight, grad_dtype, &args.dweight);
+        if (made) dweight = *made;
     }
-    if (known && (needs & 2)) {
-        auto array = empty<float>(shape, ndim);
-        args.dweight = array.mutable_data();
-        dweight = array;
-    }
-    if (known && (needs & 4) && spec.norm != Norm::rms) {
-        auto array = empty<float>(shape, ndim);
-        args.dbias = array.mutable_data();
-        dbias = array;
+    if ((needs & 4) && spec.norm != Norm::rms) {
+        const auto made = gradient_array(spec, x, args.x, weight, args.weight, grad_dtype, &args.dbias);
+        if (made) dbias = *made;
     }
     if (!call(args.x, [&] { return backward(spec, args); })) return py::none();
     return py::make_tuple(dx, dweight, dbias);
 }
 
 py::object py_moments(int norm, py::handle x, py::handle spec_object) {
+    const Ints ints = to_ints(spec_object);
     Forward args;
     Spec spec;
-    if (!to_view(x, &args.x) || !to_spec(norm, spec_object, args.x, &spec)) return py::none();
+    if (!to_view(x, &args.x) || !to_spec(norm, ints, args.x, &spec)) return py::none();
     index_t shape[kMaxDims];
     const int ndim = statistics_shape(spec, args.x, shape);
     if (ndim < 0) return py::none();
-    auto mean = empty<double>(shape, ndim), m2 = empty<double>(shape, ndim);
+    auto mean = empty<double>(shape, ndim), M2 = empty<double>(shape, ndim);
     args.mean = mean.mutable_data();
-    args.m2 = m2.mutable_data();
+    args.M2 = M2.mutable_data();
     args.eps = 0;
     if (!call(args.x, [&] { return forward(spec, args); })) return py::none();
-    return py::make_tuple(mean, m2);
+    index_t sets = 1;
+    for (int d = 0; d < ndim; ++d) sets *= shape[d];
+    return py::make_tuple(sets > 0 ? args.x.size() / sets : 0, mean, M2);
 }
 
 bool py_copy(py::handle from, py::handle to, bool stream) {
@@ -379,6 +457,7 @@ void check_environment() {
 
 PYBIND11_MODULE(_core, m) {
     check_environment();
+    find_numpy_types();
     m.doc() = "The compiled core of normkit. Private: use the functions of normkit itself.";
     m.attr("__version__") = NORMKIT_VERSION;
     const char* names[kNormCount] = {"BATCH", "INSTANCE", "GROUP", "LAYER", "RMS", "AXES", "AXES_RMS"};
@@ -393,6 +472,14 @@ PYBIND11_MODULE(_core, m) {
 
     m.def("set_num_threads", set_num_threads);
     m.def("get_num_threads", get_num_threads);
+    m.def("dtypes", [] {
+#define NORMKIT_ROW(name, element, arithmetic) #name,
+        const char* const names[] = {NORMKIT_FOR_DTYPES(NORMKIT_ROW)};
+#undef NORMKIT_ROW
+        py::tuple t(std::size(names));
+        for (std::size_t i = 0; i < std::size(names); ++i) t[i] = names[i];
+        return t;
+    });
     m.def("isas", [] {
         const std::vector<std::string> names = available_isas();
         py::tuple t(names.size());

@@ -2,21 +2,56 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "normkit/moments.h"
 
 namespace normkit {
 
-inline double rstd_of(const Moments& m, double eps) { return 1 / std::sqrt(m.m2 / m.count + eps); }
+inline double rstd_of(const Moments& m, double eps) { return 1 / std::sqrt(m.M2 / m.count + eps); }
 
-// Whether moments taken in float can't be trusted: sums that overflowed (or met NaN or infinity), or squares so small
-// that float has lost them (2^-126 is the least normal number; 2^-26 of the variance is the contract's last digit).
-// Then the set is done again in double (moments_in_double). eps counts, because beside it a lost square does no harm.
-inline bool is_doubtful(const Moments& m, double eps) {
-    return !(std::isfinite(m.mean) && std::isfinite(m.m2) && m.m2 + eps * m.count >= 0x1p-100 * m.count);
+// Whether moments whose squares were taken in T can't be trusted: sums that overflowed (or met NaN or infinity), or
+// squares so small that T has lost them (2^-126 is the least normal float, 2^-26 of the variance the contract's last
+// digit). Then the set is done again in double, scaled (moments_in_double). eps counts, because beside it a lost square
+// does no harm.
+template <class T>
+bool is_doubtful(const Moments& m, double eps) {
+    constexpr double kLost = sizeof(T) == 4 ? 0x1p-100 : 0x1p-960;
+    return !(std::isfinite(m.mean) && std::isfinite(m.M2) && m.M2 + eps * m.count >= kLost * m.count);
 }
 
-// One set's statistics in the dtype of the data. Where rstd is so large or small that (x - mean) or rstd would leave
+// The statistics of a set. The mean is mean + mean_lo: beside a standard deviation a millionth of it, the rounding of a
+// single double would be 6e-11.
+struct Statistic {
+    double mean = 0, mean_lo = 0, rstd = 0;
+};
+
+// About zero, from a mean about `origin`: the sum of the two and what its rounding lost (Knuth's TwoSum).
+inline Statistic statistic_from(const Moments& m, double origin, double eps) {
+    const double mean = origin + m.mean, rounded = mean - origin;
+    return {mean, (origin - (mean - rounded)) + (m.mean - rounded), rstd_of(m, eps)};
+}
+
+// sqrt(a^2 + b^2) without leaving the range; not std::hypot, whose last bit is the library's.
+inline double root_of_squares(double a, double b) {
+    const double larger = a > b ? a : b;
+    if (!(larger > 0) || !std::isfinite(larger)) return std::sqrt(a * a + b * b);
+    const int exponent = std::ilogb(larger);
+    a = std::ldexp(a, -exponent);
+    b = std::ldexp(b, -exponent);
+    return std::ldexp(std::sqrt(a * a + b * b), exponent);
+}
+
+// The same from the moments of x * scale, a power of two, whatever the magnitude of x.
+inline Statistic statistic_from(const Moments& m, double origin, double scale, double eps) {
+    Statistic s = statistic_from(m, origin, 0);
+    s.mean /= scale;
+    s.mean_lo /= scale;
+    s.rstd = 1 / root_of_squares(std::sqrt(m.M2 / m.count) / scale, std::sqrt(eps));
+    return s;
+}
+
+// One set's statistics in the type of arithmetic. Where rstd is so large or small that (x - mean) or rstd would leave
 // the range of T, everything is scaled by an exact power of two: xhat = ((x * scale - hi) - lo) * rstd.
 template <class T>
 struct Split {
@@ -24,18 +59,20 @@ struct Split {
 };
 
 template <class T>
-Split<T> split(double mean, double rstd) {
-    double scale = 1;
-    if (sizeof(T) == 4 && std::isfinite(rstd) && rstd > 0 && !(rstd >= 0x1p-60 && rstd <= 0x1p60)) {
+Split<T> split(const Statistic& s) {
+    constexpr int kMost = std::numeric_limits<T>::max_exponent - 2;  // of a normal power of two and its inverse
+    constexpr double kFar = sizeof(T) == 4 ? 0x1p60 : 0x1p500;
+    const double rstd = s.rstd;
+    Split<T> out{static_cast<T>(s.mean), 0, static_cast<T>(rstd), 1};
+    double scale = 1, mean = s.mean;
+    if (!(rstd >= 1 / kFar && rstd <= kFar) && std::isfinite(rstd) && rstd > 0) {
         const int exponent = std::ilogb(rstd);
-        scale = std::ldexp(1.0, exponent < -126 ? -126 : exponent > 126 ? 126 : exponent);
+        scale = std::ldexp(1.0, exponent < -kMost ? -kMost : exponent > kMost ? kMost : exponent);
+        mean *= scale;
+        out = {static_cast<T>(mean), 0, static_cast<T>(rstd / scale), static_cast<T>(scale)};
     }
-    Split<T> s;
-    s.hi = static_cast<T>(mean * scale);
-    s.lo = static_cast<T>(mean * scale - static_cast<double>(s.hi));
-    s.rstd = static_cast<T>(rstd / scale);
-    s.scale = static_cast<T>(scale);
-    return s;
+    out.lo = static_cast<T>((mean - static_cast<double>(out.hi)) + s.mean_lo * scale);
+    return out;
 }
 
 }  // namespace normkit

@@ -5,7 +5,9 @@
 #include <cmath>
 #include <cstring>
 
+#include "dtype.h"
 #include "operation.h"
+#include "parameter.h"
 
 namespace normkit {
 namespace {
@@ -23,7 +25,7 @@ Range range_of(const View& v) {
         const index_t reach = (v.shape[d] - 1) * v.strides[d];
         (reach < 0 ? low : high) += reach;
     }
-    return {low, high + (v.dtype == Dtype::float64 ? 8 : 4)};
+    return {low, high + size_of(v.dtype)};
 }
 
 bool overlap(const View& a, const View& b) {
@@ -57,7 +59,7 @@ bool same(const View& a, const View& b) {
 bool writable_once(const View& v) {
     if (v.size() == 0) return true;  // NumPy gives empty arrays strides of zero
     bool done[kMaxDims] = {};
-    index_t inside = v.dtype == Dtype::float64 ? 8 : 4;
+    index_t inside = size_of(v.dtype);
     for (int n = 0; n < v.ndim; ++n) {
         int least = -1;
         for (int d = 0; d < v.ndim; ++d) {
@@ -91,31 +93,33 @@ bool running_fits(const Spec& spec, const View& x, const View& mean, const View&
     if (!mean.given()) return true;
     if (spec.norm != Norm::batch && spec.norm != Norm::instance) return false;
     for (const View* v : {&mean, &var}) {
+        if (v->dtype != Dtype::float32 && v->dtype != Dtype::float64) return false;
         if (v->ndim != 1 || v->shape[0] != x.shape[spec.channel_axis]) return false;
     }
     return true;
 }
 
 double get(const View& v, index_t i) {
-    const char* p = static_cast<const char*>(v.data) + i * v.strides[0];
-    if (v.dtype == Dtype::float64) {
-        double value;
-        std::memcpy(&value, p, sizeof value);
-        return value;
-    }
-    float value;
-    std::memcpy(&value, p, sizeof value);
-    return value;
+    return read_double(static_cast<const char*>(v.data) + i * v.strides[0], v.dtype);
+}
+
+void get_all(const View& v, double* out) {
+    with_dtype(v.dtype, [&](auto element) {
+        const char* p = static_cast<const char*>(v.data);
+        for (index_t i = 0; i < v.shape[0]; ++i) out[i] = to_double(read<decltype(element)>(p + i * v.strides[0]));
+    });
 }
 
 void set(const View& v, index_t i, double value) {
-    char* p = static_cast<char*>(v.data) + i * v.strides[0];
-    if (v.dtype == Dtype::float64) {
-        std::memcpy(p, &value, sizeof value);
-    } else {
-        const float rounded = static_cast<float>(value);
-        std::memcpy(p, &rounded, sizeof rounded);
+    write_double(static_cast<char*>(v.data) + i * v.strides[0], v.dtype, value);
+}
+
+index_t number_of_sets(const Problem& p) {
+    index_t sets = 1;
+    for (int i = 0; i < p.axes.n; ++i) {
+        if (!p.axes.axis[i].reduced) sets *= p.axes.axis[i].extent;
     }
+    return sets;
 }
 
 // A set of one value has no variance to learn from. Layer and rms norm of one element give bias.
@@ -130,24 +134,21 @@ bool enough_values(const Spec& spec, const Problem& p) {
 
 // Empty x: statistics of empty sets are NaN, and there is nothing else to do.
 void fill_empty(const Problem& p, std::initializer_list<double*> statistics) {
-    index_t sets = 1;
-    for (int i = 0; i < p.axes.n; ++i) {
-        if (!p.axes.axis[i].reduced) sets *= p.axes.axis[i].extent;
-    }
+    const index_t sets = number_of_sets(p);
     for (double* s : statistics) {
         for (index_t i = 0; s && i < sets; ++i) s[i] = std::nan("");
     }
 }
 
-// running = (1 - momentum) * running + momentum * new, the new variance divided by n - 1: torch's rule. Instance norm
-// averages over the samples.
+// running = (1 - momentum) * running + momentum * new, the new variance divided by n - ddof. Instance norm averages
+// over the samples.
 void update_running(const Forward& args, index_t channels, index_t samples, index_t set_size, const double* mean,
-                    const double* m2) {
+                    const double* M2) {
     for (index_t c = 0; c < channels; ++c) {
         double new_mean = 0, new_var = 0;
         for (index_t n = 0; n < samples; ++n) {
             new_mean += mean[n * channels + c] / samples;
-            new_var += m2[n * channels + c] / (set_size - 1) / samples;
+            new_var += M2[n * channels + c] / (set_size - args.ddof) / samples;
         }
         const double old = 1 - args.momentum;
         set(args.running_mean, c, old * get(args.running_mean, c) + args.momentum * new_mean);
@@ -155,16 +156,36 @@ void update_running(const Forward& args, index_t channels, index_t samples, inde
     }
 }
 
-// The arrays that forward and evaluate have in common.
+// What forward and evaluate have in common.
 template <class Args>
-ForwardCall call_on(const Args& args) {
+ForwardCall call_on(const Args& args, const Parameter& weight, const Parameter& bias) {
     ForwardCall call;
     call.x = static_cast<const char*>(args.x.data);
     call.y = static_cast<char*>(args.y.data);
-    call.weight = static_cast<const char*>(args.weight.data);
-    call.bias = static_cast<const char*>(args.bias.data);
+    call.weight = weight.data;
+    call.bias = bias.data;
+    call.dtype = args.x.dtype;
+    call.weight_dtype = weight.dtype;
+    call.bias_dtype = bias.dtype;
     call.in_place = args.y.data == args.x.data;
     return call;
+}
+
+// A gradient has the shape of the weight, or where there is none that of the norm's parameters, in C order.
+bool gradient_fits(const Spec& spec, const View& gradient, const View& weight, const View& x) {
+    if (!gradient.given()) return true;
+    index_t shape[kMaxDims];
+    const int ndim = weight.given() ? weight.ndim : parameter_shape_of(spec, x, shape);
+    if (gradient.ndim != ndim) return false;
+    index_t stride = size_of(gradient.dtype);
+    bool in_order = true;
+    for (int d = ndim - 1; d >= 0; --d) {
+        const index_t extent = weight.given() ? weight.shape[d] : shape[d];
+        if (gradient.shape[d] != extent) return false;
+        in_order = in_order && (extent <= 1 || gradient.strides[d] == stride);
+        stride *= extent;
+    }
+    return in_order || gradient.size() == 0;
 }
 
 bool eps_fits(double eps) { return std::isfinite(eps) && eps >= 0; }
@@ -183,13 +204,20 @@ int statistics_shape(const Spec& spec, const View& x, index_t* shape) {
     return n;
 }
 
+int parameter_shape(const Spec& spec, const View& x, index_t* shape) {
+    Problem p;
+    if (!make_problem(spec, x, &p)) return -1;
+    return parameter_shape_of(spec, x, shape);
+}
+
 bool forward(const Spec& spec, const Forward& args) {
     Problem p;
-    if (args.x.dtype != Dtype::float32 || !make_problem(spec, args.x, &p)) return false;
+    if (!args.x.given() || !make_problem(spec, args.x, &p)) return false;
     if (args.y.given() && !add_array(spec, args.y, args.x, kY, &p)) return false;
     if (!add_parameter(spec, args.weight, args.x, kWeight, &p)) return false;
     if (!add_parameter(spec, args.bias, args.x, kBias, &p)) return false;
     if (!eps_fits(args.eps) || !std::isfinite(args.momentum)) return false;
+    if (!std::isfinite(args.ddof) || args.ddof < 0) return false;
     if (!running_fits(spec, args.x, args.running_mean, args.running_var)) return false;
     if (!result_fits(args.y, {&args.x}, {&args.weight, &args.bias})) return false;
     for (const View* running : {&args.running_mean, &args.running_var}) {
@@ -197,34 +225,36 @@ bool forward(const Spec& spec, const Forward& args) {
     }
     if (overlap(args.running_mean, args.running_var)) return false;
     if (args.x.size() == 0) {
-        fill_empty(p, {args.mean, args.rstd, args.m2});
+        fill_empty(p, {args.mean, args.rstd, args.M2});
         return true;
     }
     if (!enough_values(spec, p)) return false;
 
+    const Parameter weight(args.weight, args.x, kWeight, &p), bias(args.bias, args.x, kBias, &p);
     const Plan plan = make_plan(p);
-    ForwardCall call = call_on(args);
+    if (args.running_mean.given() && !(args.ddof < static_cast<double>(plan.set_size))) return false;
+    ForwardCall call = call_on(args, weight, bias);
     call.eps = args.eps;
     call.mean = args.mean;
     call.rstd = args.rstd;
-    call.m2 = args.m2;
+    call.M2 = args.M2;
     std::vector<double> moments;
     if (args.running_mean.given()) {
         moments.resize(2 * plan.sets);
         if (!call.mean) call.mean = moments.data();
-        if (!call.m2) call.m2 = moments.data() + plan.sets;
+        if (!call.M2) call.M2 = moments.data() + plan.sets;
     }
     cpu::forward(plan, call);
     if (args.running_mean.given()) {
         const index_t channels = args.x.shape[spec.channel_axis];
-        update_running(args, channels, plan.sets / channels, plan.set_size, call.mean, call.m2);
+        update_running(args, channels, plan.sets / channels, plan.set_size, call.mean, call.M2);
     }
     return true;
 }
 
 bool evaluate(const Spec& spec, const Evaluate& args) {
     Problem p;
-    if (args.x.dtype != Dtype::float32 || !make_problem(spec, args.x, &p)) return false;
+    if (!args.x.given() || !make_problem(spec, args.x, &p)) return false;
     if (!args.y.given() || !add_array(spec, args.y, args.x, kY, &p)) return false;
     if (!add_parameter(spec, args.weight, args.x, kWeight, &p)) return false;
     if (!add_parameter(spec, args.bias, args.x, kBias, &p)) return false;
@@ -233,19 +263,25 @@ bool evaluate(const Spec& spec, const Evaluate& args) {
     if (!result_fits(args.y, {&args.x}, {&args.weight, &args.bias, &args.running_mean, &args.running_var})) {
         return false;
     }
-    const index_t channels = args.x.shape[spec.channel_axis];
-    index_t sets = 1;
-    for (int i = 0; i < p.axes.n; ++i) {
-        if (!p.axes.axis[i].reduced) sets *= p.axes.axis[i].extent;
+    // Instance norm: every sample has the statistics of its channels.
+    const index_t channels = args.x.shape[spec.channel_axis], sets = number_of_sets(p);
+    std::vector<double> statistics(2 * (sets > channels ? sets : channels));
+    double *mean = statistics.data(), *rstd = mean + statistics.size() / 2;
+    get_all(args.running_mean, mean);
+    get_all(args.running_var, rstd);
+    bool negative = false;
+    for (index_t c = 0; c < channels; ++c) {
+        negative = negative || rstd[c] < 0;
+        rstd[c] = 1 / std::sqrt(rstd[c] + args.eps);
     }
-    std::vector<double> statistics(2 * sets);
-    double *mean = statistics.data(), *rstd = mean + sets;
-    for (index_t i = 0; i < sets; ++i) {
-        mean[i] = get(args.running_mean, i % channels);
-        rstd[i] = 1 / std::sqrt(get(args.running_var, i % channels) + args.eps);
+    if (negative) return false;
+    for (index_t i = channels; i < sets; ++i) {
+        mean[i] = mean[i - channels];
+        rstd[i] = rstd[i - channels];
     }
     if (args.x.size() > 0) {
-        ForwardCall call = call_on(args);
+        const Parameter weight(args.weight, args.x, kWeight, &p), bias(args.bias, args.x, kBias, &p);
+        ForwardCall call = call_on(args, weight, bias);
         call.given = true;
         call.mean = mean;
         call.rstd = rstd;
@@ -260,29 +296,34 @@ bool evaluate(const Spec& spec, const Evaluate& args) {
 
 bool backward(const Spec& spec, const Backward& args) {
     Problem p;
-    if (args.x.dtype != Dtype::float32 || !make_problem(spec, args.x, &p)) return false;
+    if (!args.x.given() || !make_problem(spec, args.x, &p)) return false;
     if (!add_array(spec, args.dy, args.x, kDy, &p)) return false;
     if (args.dx.given() && !add_array(spec, args.dx, args.x, kY, &p)) return false;
     if (!add_parameter(spec, args.weight, args.x, kWeight, &p)) return false;
     if (!args.rstd || (p.center && !args.mean)) return false;
     if (args.constant_statistics && spec.norm != Norm::batch && spec.norm != Norm::instance) return false;
-    index_t sets = 1;
-    for (int i = 0; i < p.axes.n; ++i) {
-        if (!p.axes.axis[i].reduced) sets *= p.axes.axis[i].extent;
-    }
+    const index_t sets = number_of_sets(p);
     const View mean = statistics_view(p.center ? args.mean : nullptr, sets), rstd = statistics_view(args.rstd, sets);
     if (!result_fits(args.dx, {&args.x, &args.dy}, {&args.weight, &mean, &rstd})) return false;
     if (args.dx.given() && overlap(args.dx, args.x) && overlap(args.dx, args.dy) && !same(args.x, args.dy))
         return false;
+    for (const View* gradient : {&args.dweight, &args.dbias}) {
+        if (!gradient_fits(spec, *gradient, args.weight, args.x)) return false;
+        if (!result_fits(*gradient, {}, {&args.x, &args.dy, &args.dx, &args.weight, &mean, &rstd})) return false;
+    }
+    if (overlap(args.dweight, args.dbias)) return false;
 
     const index_t parameters = add_gradient(spec, args.weight, args.x, &p);
-    const bool wants_parameters = (args.dweight || args.dbias) && parameters > 0;
+    const bool wants_parameters = (args.dweight.given() || args.dbias.given()) && parameters > 0;
     if (args.x.size() > 0) {
         if (!args.constant_statistics && !enough_values(spec, p)) return false;
+        const Parameter weight(args.weight, args.x, kWeight, &p);
         BackwardCall call;
         call.dy = static_cast<const char*>(args.dy.data);
         call.x = static_cast<const char*>(args.x.data);
-        call.weight = static_cast<const char*>(args.weight.data);
+        call.weight = weight.data;
+        call.dtype = args.x.dtype;
+        call.weight_dtype = weight.dtype;
         call.mean = p.center ? args.mean : nullptr;
         call.rstd = args.rstd;
         call.constant_statistics = args.constant_statistics;
@@ -290,14 +331,19 @@ bool backward(const Spec& spec, const Backward& args) {
         call.in_place = args.dx.data == args.x.data || args.dx.data == args.dy.data;
         if (wants_parameters) {
             call.parameters = parameters;
-            call.dweight = args.dweight;
-            call.dbias = args.dbias;
+            call.dweight = static_cast<char*>(args.dweight.data);
+            call.dweight_dtype = args.dweight.dtype;
+            call.dbias = static_cast<char*>(args.dbias.data);
+            call.dbias_dtype = args.dbias.dtype;
         }
         cpu::backward(make_plan(p), call);
         return true;
     }
-    for (float* gradient : {args.dweight, args.dbias}) {
-        for (index_t i = 0; gradient && i < parameters; ++i) gradient[i] = 0;  // sums over nothing
+    for (const View* gradient : {&args.dweight, &args.dbias}) {
+        if (!gradient->given()) continue;
+        char* to = static_cast<char*>(gradient->data);
+        const index_t element = size_of(gradient->dtype);
+        for (index_t i = 0; i < parameters; ++i) write_double(to + i * element, gradient->dtype, 0);  // of nothing
     }
     return true;
 }

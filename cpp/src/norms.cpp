@@ -84,6 +84,16 @@ bool carries_parameters(const Spec& spec, const View& x, int d) {
 }  // namespace
 
 bool has_channels(Norm norm) { return row_of(norm).groups != Groups::none; }
+bool has_mean(Norm norm) { return row_of(norm).center; }
+
+int parameter_shape_of(const Spec& spec, const View& x, index_t* shape) {
+    if (broadcasts(spec.norm)) return -1;
+    int n = 0;
+    for (int d = 0; d < x.ndim; ++d) {
+        if (carries_parameters(spec, x, d)) shape[n++] = x.shape[d];
+    }
+    return n;
+}
 
 bool make_problem(const Spec& spec, const View& x, Problem* out) {
     if (!spec_fits(spec, x)) return false;
@@ -126,7 +136,9 @@ bool add_array(const Spec& spec, const View& a, const View& x, Operand operand, 
 
 bool add_parameter(const Spec& spec, const View& parameter, const View& x, Operand operand, Problem* out) {
     if (!parameter.given()) return true;
-    if (parameter.dtype != x.dtype) return false;
+    if (parameter.dtype != x.dtype && parameter.dtype != Dtype::float32 && parameter.dtype != Dtype::float64) {
+        return false;
+    }
     int next = parameter.ndim - 1;  // parameters align with the last dimensions that carry them
     bool fits = true;
     for (int d = x.ndim - 1; d >= 0; --d) {

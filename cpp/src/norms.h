@@ -22,6 +22,9 @@ bool add_parameter(const Spec& spec, const View& parameter, const View& x, Opera
 // the shape of `weight`, and none where there is no weight.
 index_t add_gradient(const Spec& spec, const View& weight, const View& x, Problem* out);
 
+// The shape of the parameters where the norm alone says it; -1 for the axes norms.
+int parameter_shape_of(const Spec& spec, const View& x, index_t* shape);
+
 bool has_channels(Norm norm);
 
 }  // namespace normkit

@@ -48,13 +48,9 @@ Plan make_plan(const Problem& problem) {
     while (kept_begin > 0 && !axes.axis[kept_begin - 1].reduced) --kept_begin;
     const bool reduced_outside = kept_begin > 0;
 
-    if (run_begin < axes.n && (run >= kShortestRun || !reduced_outside)) {
-        plan.walk = Walk::rows;
-    } else if (run_begin == axes.n && !reduced_outside) {
-        plan.walk = Walk::rows;  // sets of one element
-    } else {
-        plan.walk = Walk::columns;
-    }
+    // Sets of one element (batch norm of one vector) are columns of one row.
+    const bool rows = run_begin < axes.n && (run >= kShortestRun || !reduced_outside);
+    plan.walk = rows ? Walk::rows : Walk::columns;
 
     if (plan.walk == Walk::rows) {
         for (int i = 0; i < axes.n; ++i) {

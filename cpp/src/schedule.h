@@ -16,7 +16,8 @@ struct Schedule {
     index_t lanes = 0;     // columns: neighbouring lanes in a unit, a multiple of merge.extent
 };
 
-// `arrays`: how many arrays of x's size are read (1 forward, 2 backward). `write`: a result of x's size is written.
-Schedule make_schedule(const Plan& plan, int arrays, bool write, bool in_place);
+// `element`: bytes of one. `arrays`: how many arrays of x's size are read (1 forward, 2 backward). `write`: a result of
+// x's size is written.
+Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write, bool in_place);
 
 }  // namespace normkit

@@ -1,5 +1,5 @@
 // The core by itself, as a C++ program uses it: group norm forward and backward against the formula in plain double
-// loops, on one thread and on several. Built with and without OpenMP.
+// loops, on one thread and on several, and a call that is interrupted. Built with and without OpenMP.
 
 #include <cmath>
 #include <cstdio>
@@ -70,8 +70,8 @@ int main() {
         b.mean = mean.data();
         b.rstd = rstd.data();
         b.dx = view(dx, {N, C, L});
-        b.dweight = dweight.data();
-        b.dbias = dbias.data();
+        b.dweight = view(dweight, {C});
+        b.dbias = view(dbias, {C});
         expect(backward(spec, b), "backward is done");
 
         const double count = kPerGroup * L;
@@ -107,6 +107,23 @@ int main() {
     Forward wrong;
     wrong.x = wrong.y = view(x, {N, C, L});
     expect(!forward(spec, wrong), "5 groups of 12 channels are refused");
+
+    // Moments only of 2^36 elements that lie on top of each other: a minute's work, but it asks whether to go on.
+    Forward endless;
+    endless.x = view(x, {1, 1, 1});
+    endless.x.shape[2] = index_t{1} << 36;
+    endless.x.strides[2] = 0;
+    static int questions = 0;
+    this_thread_should_stop() = [] { return ++questions == 2; };
+    bool interrupted = false;
+    try {
+        spec.num_groups = 1;
+        forward(spec, endless);
+    } catch (const Interrupted&) {
+        interrupted = true;
+    }
+    this_thread_should_stop() = nullptr;
+    expect(interrupted && questions == 2, "a long call can be interrupted");
     if (failures == 0) std::printf("ok\n");
     return failures != 0;
 }

@@ -18,10 +18,14 @@ function           S, for x of shape (N, C, H, W)                 weight and bia
 `normalize`        any axes                                       any shape that broadcasts
 =================  =============================================  ==========================
 
-Each has a `_forward`, which also returns the statistics, and a `_backward`, which takes them and returns gradients. A
-result does not depend on the number of threads, nor on the instruction set of the machine: not by a bit.
+Each has a `_forward`, which also returns the statistics, and a `_backward`, which takes them and returns gradients.
+Data is float64, float32, float16 or the bfloat16 of ml_dtypes. A result does not depend on the number of threads, nor on
+the instruction set of the machine: not by a bit. `normkit.nn` has layers that keep their own weights, statistics and
+gradients; `moments` and `Moments` are count, mean and M2, to be merged.
 """
 
+from . import nn
+from ._moments import Moments, moments
 from .functional import (
     batch_norm,
     batch_norm_backward,
@@ -48,6 +52,7 @@ from .functional import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Moments",
     "__version__",
     "batch_norm",
     "batch_norm_backward",
@@ -62,6 +67,8 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_forward",
+    "moments",
+    "nn",
     "normalize",
     "normalize_backward",
     "normalize_forward",

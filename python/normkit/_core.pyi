@@ -1,10 +1,10 @@
 """The compiled core. Private: the public functions in `normkit.functional` call it, `normkit._debug` steers it.
 
-All arguments are positional. `forward`, `evaluate` and `backward` check everything they are given in one pass and
+All arguments are positional. `forward`, `evaluate`, `backward` and `moments` check all they are given in one pass and
 answer None, having changed nothing, when an argument is not acceptable. That is why arguments are `object` here.
 """
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +35,9 @@ def forward(
     running_mean: object,
     running_var: object,
     momentum: object,
+    ddof: object,
     /,
-) -> NDArray[np.float32] | None: ...
+) -> NDArray[Any] | None: ...
 @overload
 def forward(
     norm: int,
@@ -50,8 +51,9 @@ def forward(
     running_mean: object,
     running_var: object,
     momentum: object,
+    ddof: object,
     /,
-) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]] | None: ...
+) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]] | None: ...
 @overload
 def evaluate(
     norm: int,
@@ -65,7 +67,7 @@ def evaluate(
     running_mean: object,
     running_var: object,
     /,
-) -> NDArray[np.float32] | None: ...
+) -> NDArray[Any] | None: ...
 @overload
 def evaluate(
     norm: int,
@@ -79,7 +81,9 @@ def evaluate(
     running_mean: object,
     running_var: object,
     /,
-) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]] | None: ...
+) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]] | None: ...
+
+# needs: 1 for dx, 2 for dweight, 4 for dbias. grad_dtype: 0 that of weight, or of x without; 1 float32; 2 float64.
 def backward(
     norm: int,
     dy: object,
@@ -91,12 +95,14 @@ def backward(
     training: bool,
     needs: int,
     out: object,
+    grad_dtype: int,
     /,
-) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None, NDArray[np.float32] | None] | None: ...
-def moments(norm: int, x: object, spec: object, /) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+) -> tuple[NDArray[Any] | None, NDArray[Any] | None, NDArray[Any] | None] | None: ...
+def moments(norm: int, x: object, spec: object, /) -> tuple[int, NDArray[np.float64], NDArray[np.float64]] | None: ...
 def copy(source: object, target: object, stream: bool, /) -> bool: ...
 def set_num_threads(n: int, /) -> None: ...
 def get_num_threads() -> int: ...
+def dtypes() -> tuple[str, ...]: ...
 def isas() -> tuple[str, ...]: ...
 def isa() -> str: ...
 def force(isa: str | None, split: int, resident: int, stream: int, /) -> None: ...

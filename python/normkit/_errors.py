@@ -16,12 +16,13 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from ._core import AXES, AXES_RMS, BATCH, GROUP, INSTANCE, LAYER, RMS
+from ._core import AXES, AXES_RMS, BATCH, GROUP, INSTANCE, LAYER, RMS, dtypes
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 
 _MAX_DIMS = 16  # of the core's views
+_MAX_INT = 2**63 - 1  # of the core's ints
 
 
 class _Kind(NamedTuple):
@@ -30,18 +31,46 @@ class _Kind(NamedTuple):
     dtypes: tuple[str, ...]
     way: str
     cast: str = ""  # the way out when only the dtype is wrong, where it is another
+    why: str = ""  # what these dtypes follow from
 
 
-_DATA = _Kind(
-    ("float32",), "convert it with np.asarray({name}, dtype=np.float32)", "convert it with {name}.astype(np.float32)"
+_X = _Kind(
+    dtypes(), "convert it with np.asarray({name}, dtype=np.float32)", "convert it with {name}.astype(np.{nearest})"
 )
 _STATISTICS = _Kind(("float64",), "pass it as the forward function returned it")
 # What is written to must not be converted: the result would go to a copy.
 _RUNNING = _Kind(("float32", "float64"), "create it with np.zeros or np.ones")
-_OUT = _Kind(("float32",), "create it with np.empty_like(x)")
+_NEW_OUT = "create it with np.empty_like(x)"
+
+
+def _dtype_name(dtype: np.dtype[Any]) -> str:
+    """The name by which the core knows a dtype, or one that tells it from those."""
+    if not dtype.isnative:
+        return str(dtype)
+    if dtype.char == "g":
+        return "longdouble"  # on some platforms NumPy calls it float64
+    # bfloat16 goes by its name: ml_dtypes, which makes it, need not be installed. Others have made their own.
+    if dtype.name == "bfloat16" and dtype.type.__module__ != "ml_dtypes":
+        return f"{dtype.type.__module__}.bfloat16"
+    return dtype.name if dtype.name in _X.dtypes else str(dtype)
+
+
+def _beside(x: Array, *others: str) -> _Kind:
+    """What stands beside x: in its dtype, or in one of the others."""
+    of_x = _dtype_name(x.dtype)
+    return _Kind(
+        tuple(dict.fromkeys((of_x, *others))),
+        "convert it with np.asarray({name}, dtype=x.dtype)",
+        "convert it with {name}.astype(x.dtype)",
+        f", as x is {of_x}" if others else ", as x is",
+    )
 
 
 # ---- one kind of argument --------------------------------------------------------------------------------------------
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _array(name: str, value: object, kind: _Kind) -> Array:
@@ -52,10 +81,12 @@ def _array(name: str, value: object, kind: _Kind) -> Array:
         raise TypeError(f"{name} must be a plain numpy.ndarray, got MaskedArray; fill it with {name}.filled(value)")
     if isinstance(value, np.matrix):
         raise TypeError(f"{name} must be a plain numpy.ndarray, got matrix; view it with np.asarray({name})")
-    if value.dtype not in kind.dtypes:
-        swapped = not value.dtype.isnative and value.dtype.newbyteorder("=") in kind.dtypes
-        expected = " or ".join(kind.dtypes) + (" in native byte order" if swapped else "")
-        raise TypeError(f"{name} must be {expected}, got {value.dtype}; {kind.cast.format(name=name) or way}")
+    came = _dtype_name(value.dtype)
+    if came not in kind.dtypes:
+        native = came if value.dtype.isnative else _dtype_name(value.dtype.newbyteorder("="))
+        expected = _one_of(kind.dtypes) + (" in native byte order" if native in kind.dtypes else "") + kind.why
+        nearest = {"float64": "float64", "longdouble": "float64", "float16": "float16"}.get(native, "float32")
+        raise TypeError(f"{name} must be {expected}, got {came}; {kind.cast.format(name=name, nearest=nearest) or way}")
     return value
 
 
@@ -67,7 +98,7 @@ def _shaped(name: str, value: object, kind: _Kind, shape: Shape) -> Array:
 
 
 def _data(x: object, least_dims: int) -> Array:
-    array = _array("x", x, _DATA)
+    array = _array("x", x, _X)
     if not least_dims <= array.ndim <= _MAX_DIMS:
         raise ValueError(f"x must have {least_dims} to {_MAX_DIMS} dimensions, got shape {array.shape}")
     return array
@@ -76,28 +107,47 @@ def _data(x: object, least_dims: int) -> Array:
 def _parameter(name: str, value: object, x: Array, sets: "_Sets") -> Array | None:
     if value is None:
         return None
-    if sets.parameter is not None:
-        return _shaped(name, value, _DATA, sets.parameter)
-    array = _array(name, value, _DATA)
-    pairs = zip(reversed(array.shape), reversed(x.shape), strict=False)
-    if array.ndim > x.ndim or any(n not in (1, m) for n, m in pairs):
-        raise ValueError(f"{name} must broadcast to the shape of x, {x.shape}, got {array.shape}")
+    array = _array(name, value, _beside(x, "float32", "float64"))
+    shape = sets.parameter
+    if shape is None:
+        pairs = zip(reversed(array.shape), reversed(x.shape), strict=False)
+        if array.ndim > x.ndim or any(n not in (1, m) for n, m in pairs):
+            raise ValueError(f"{name} must broadcast to the shape of x, {x.shape}, got {array.shape}")
+    elif array.shape != shape:
+        way = ""
+        if [n for n in array.shape if n != 1] == [n for n in shape if n != 1]:
+            way = f"; reshape it with {name}.reshape({shape})"
+        elif array.size == 1:
+            way = f"; repeat it with np.full({shape}, {name})"
+        raise ValueError(f"{name} must have shape {shape}, got {array.shape}{way}")
     return array
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool | np.bool_)
+
+
+def _index(value: object) -> int:
+    if _is_bool(value):
+        raise TypeError
+    return operator.index(value)  # type: ignore[arg-type]
 
 
 def _int(name: str, value: object) -> int:
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return _index(value)
     except TypeError:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
 
 
 def _ints(name: str, value: object) -> Shape:
+    items: Iterable[object] = (value,)
+    if isinstance(value, bytes | bytearray | memoryview):
+        pass  # sequences of ints by their type, but not by what they mean
+    elif isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0):
+        items = value
     try:
-        if isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0):
-            values = tuple(operator.index(each) for each in value)
-        else:
-            values = (operator.index(value),)  # type: ignore[arg-type]
+        values = tuple(map(_index, items))
     except TypeError:
         came = repr(value) if isinstance(value, tuple | list) else type(value).__name__
         raise TypeError(f"{name} must be an int or a sequence of ints, got {came}") from None
@@ -114,6 +164,9 @@ def _axis(name: str, value: int, ndim: int) -> int:
 
 def _finite(name: str, value: object, least: float = -math.inf) -> None:
     try:
+        # NumPy before 2.4 makes a number of an array of one.
+        if _is_bool(value) or (isinstance(value, np.ndarray) and value.ndim > 0):
+            raise TypeError
         finite = math.isfinite(value)  # type: ignore[arg-type]
     except OverflowError:
         finite = False
@@ -170,11 +223,11 @@ def _writable(name: str, array: Array, way: str) -> None:
         inside += stride * (n - 1)
 
 
-def _out(out: object, shape: Shape, inputs: dict[str, Array], may_be: tuple[str, ...]) -> None:
+def _out(out: object, x: Array, inputs: dict[str, Array], may_be: tuple[str, ...]) -> None:
     if out is None:
         return
-    array = _shaped("out", out, _OUT, shape)
-    _writable("out", array, _OUT.way)
+    array = _shaped("out", out, _beside(x)._replace(way=_NEW_OUT, cast=""), x.shape)
+    _writable("out", array, _NEW_OUT)
     _apart("out", array, inputs, may_be)
 
 
@@ -218,6 +271,8 @@ def _group(x: Array, spec: tuple[object, object]) -> _Sets:
         raise ValueError(f"num_groups must be at least 1, got {groups}")
     if channels % groups:
         raise ValueError(f"num_groups must divide the {channels} channels of x, got {groups}")
+    if groups > _MAX_INT:  # only without channels
+        raise ValueError(f"num_groups must be at most {_MAX_INT}, got {groups}")
     return _Sets((channels,), (samples, groups), channels // groups * extent, "group", "use fewer groups")
 
 
@@ -268,17 +323,21 @@ def explain_forward(
     running_mean: object = None,
     running_var: object = None,
     momentum: object = 0.0,
+    ddof: object = 1,
 ) -> NoReturn:
     data, sets, inputs = _forward_inputs(norm, x, spec, weight, bias, eps)
     _finite("momentum", momentum)
+    _finite("ddof", ddof, least=0)
     # Instance norm keeps running statistics per channel, as batch norm does, though it has its own for each sample.
     running = _running(running_mean, running_var, sets.statistics[-1:], updated=True)
     if sets.owner and data.size and sets.extent == 1:
         raise ValueError(f"expected more than 1 value per {sets.owner}, got x of shape {data.shape}; {sets.way}")
+    if running and data.size and float(ddof) >= sets.extent:  # type: ignore[arg-type]
+        raise ValueError(f"ddof must be less than the {sets.extent} values per {sets.owner} of x, got {ddof}")
     for name, array in running.items():
         _apart(name, array, inputs)
         inputs[name] = array
-    _out(out, data.shape, inputs, may_be=("x",))
+    _out(out, data, inputs, may_be=("x",))
     _unexplained()
 
 
@@ -298,7 +357,14 @@ def explain_evaluate(
     if not running:
         flag = _NORMS[norm].flag
         raise ValueError(f"{flag}=False needs running_mean and running_var, got None; pass both, or {flag}=True")
-    _out(out, data.shape, inputs | running, may_be=("x",))
+    negative = np.flatnonzero(running["running_var"] < 0)
+    if negative.size:
+        least = negative[0]
+        raise ValueError(
+            f"running_var must not be negative, got {running['running_var'][least]} at index {least}; "
+            "no average of variances is: restore it, or reset it with running_var.fill(1)"
+        )
+    _out(out, data, inputs | running, may_be=("x",))
     _unexplained()
 
 
@@ -317,14 +383,14 @@ def explain_backward(
     least_dims, sets_of, _ = _NORMS[norm]
     data = _data(x, least_dims)
     sets = sets_of(data, spec)
-    inputs = {"dy": _shaped("dy", dy, _DATA, data.shape), "x": data}
+    inputs = {"dy": _shaped("dy", dy, _beside(data), data.shape), "x": data}
     if norm not in (RMS, AXES_RMS):
         inputs["mean"] = _shaped("mean", mean, _STATISTICS, sets.statistics)
     inputs["rstd"] = _shaped("rstd", rstd, _STATISTICS, sets.statistics)
     gamma = _parameter("weight", weight, data, sets)
     if gamma is not None:
         inputs["weight"] = gamma
-    _out(out, data.shape, inputs, may_be=("dy", "x"))
+    _out(out, data, inputs, may_be=("dy", "x"))
     if out is not None and not needs & 1:
         raise ValueError('out must be None when needs does not name "x", got an array; it takes dx')
     if training and sets.owner and data.size and sets.extent == 1:
@@ -360,6 +426,27 @@ def explain_needs(needs: object, names: tuple[str, ...]) -> NoReturn:
         came = f'"{needs}"' if isinstance(needs, str) else type(needs).__name__
         raise TypeError(f"needs must be a tuple of names out of {allowed}, got {came}") from None
     raise ValueError(f"needs must name gradients out of {allowed}, got {needs}") from None
+
+
+def flag(name: str, value: object) -> bool:
+    """Return `value` where it is a bool, Python's or NumPy's."""
+    if value is True or value is False:
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def grad_code(grad_dtype: object) -> int:
+    """Return the core's number for the dtype that gradients of parameters are asked in."""
+    try:
+        dtype = np.dtype(grad_dtype)  # type: ignore[call-overload]
+    except (TypeError, ValueError, SyntaxError):  # what NumPy raises for what is none
+        dtype = None
+    for code, allowed in ((1, np.float32), (2, np.float64)):
+        if dtype == allowed:
+            return code
+    raise TypeError(f"grad_dtype must be None, numpy.float32 or numpy.float64, got {grad_dtype!r}")
 
 
 def thread_count(n: object) -> int:

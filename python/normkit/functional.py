@@ -1,25 +1,28 @@
 """The norms as plain functions of NumPy arrays.
 
-Names, positions and defaults are those of `torch.nn.functional`. Every function is one call of the compiled core,
-which checks its arguments and answers None when it cannot accept them; `normkit._errors` then finds the sentence and
-raises it.
+Names, positions and defaults are those of `torch.nn.functional`; bfloat16 is `ml_dtypes.bfloat16`. Every function is
+one call of the compiled core, which checks its arguments and answers None when it cannot accept them;
+`normkit._errors` then finds the sentence and raises it.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import SupportsIndex, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from . import _core
 from ._core import AXES, AXES_RMS, BATCH, GROUP, INSTANCE, LAYER, RMS, backward, evaluate, forward
-from ._errors import explain_backward, explain_evaluate, explain_forward, explain_needs, thread_count
+from ._errors import explain_backward, explain_evaluate, explain_forward, explain_needs, flag, grad_code, thread_count
 
-Array: TypeAlias = NDArray[np.float32]
+# The element type of x, dy, out, y and dx. Not bound by np.floating, which bfloat16 is none of.
+Element = TypeVar("Element", bound=np.generic)
+Array: TypeAlias = NDArray[Element]
+Parameter: TypeAlias = NDArray[Any]
 Statistics: TypeAlias = NDArray[np.float64]
 Running: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 Ints: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
-Gradients: TypeAlias = tuple[Array | None, Array | None, Array | None]
+Gradients: TypeAlias = tuple[Array[Element] | None, Parameter | None, Parameter | None]
 
 # The gradients a backward can give, in the order of the core's bits: 1, 2, 4.
 _ALL = ("x", "weight", "bias")
@@ -43,18 +46,19 @@ def _bits(needs: Iterable[str], names: tuple[str, ...]) -> int:
 
 
 def batch_norm(
-    x: Array,
+    x: Array[Element],
     running_mean: Running | None = None,
     running_var: Running | None = None,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
     channel_axis: SupportsIndex = 1,
-    out: Array | None = None,
-) -> Array:
+    ddof: float = 1,
+    out: Array[Element] | None = None,
+) -> Array[Element]:
     r"""Normalize each channel over the batch and all other axes.
 
     .. math:: y = \frac{x - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}} \, \gamma_c + \beta_c
@@ -64,14 +68,15 @@ def batch_norm(
 
     Parameters
     ----------
-    x : ndarray of float32, 2 to 16 dimensions
-        Data with C channels on `channel_axis`. Any strides: NHWC memory seen as NCHW runs without a copy.
+    x : ndarray of float64, float32, float16 or bfloat16, 2 to 16 dimensions
+        Data with C channels on `channel_axis`. Any strides: NHWC memory seen as NCHW runs without a copy. Float64 is
+        computed in float64, all others in float32.
     running_mean, running_var : ndarray of float32 or float64, shape (C,), optional
         Statistics over the batches seen so far; both or neither. Evaluation requires them. Training updates them in
-        place: ``running = (1 - momentum) * running + momentum * new``, where the new variance is the unbiased one
-        (divided by n - 1), as in PyTorch.
-    weight, bias : ndarray of float32, shape (C,), optional
-        Gamma and beta. None: ones and zeros.
+        place: ``running = (1 - momentum) * running + momentum * new``, where the new variance is divided by
+        n - ddof.
+    weight, bias : ndarray of x's dtype, float32 or float64, shape (C,), optional
+        Gamma and beta, each in its own dtype. None: ones and zeros.
     training : bool
         Statistics from x (True) or from `running_mean` and `running_var` (False).
     momentum : float
@@ -80,14 +85,18 @@ def batch_norm(
         Added to the variance, in units of x squared; not negative. ``eps=0`` with zero variance gives NaN.
     channel_axis : int
         The axis of the channels; negative ones count from the end.
-    out : ndarray of float32, shape of x, optional
+    ddof : float
+        The variance that goes into `running_var` is divided by n - ddof, n being the number of values of a channel;
+        0 <= ddof < n. 1, as in PyTorch, makes it unbiased; 0 is the one that normalizes. Evaluation does not look at
+        it.
+    out : ndarray, dtype and shape of x, optional
         Array to write y into. It may be x itself, and must not overlap anything else.
 
     Returns
     -------
-    ndarray of float32
-        y, of the shape of x and in its memory order; `out` if given. An empty x gives an empty y and leaves the
-        running statistics as they were.
+    ndarray
+        y, of the dtype and shape of x and in its memory order; `out` if given. An empty x gives an empty y and leaves
+        the running statistics as they were.
 
     Raises
     ------
@@ -95,7 +104,11 @@ def batch_norm(
         An argument has a wrong type or dtype. Nothing is converted silently.
     ValueError
         A shape, axis, number or `out` is not acceptable; in training, a channel has a single value; in evaluation,
-        the running statistics are missing. A call that raises has changed nothing.
+        the running statistics are missing or `running_var` is negative. A call that raises has changed nothing.
+    MemoryError
+        There is no memory for the result or for scratch. Nothing has changed either.
+    KeyboardInterrupt
+        Ctrl-C in a long call. `out` may be half written, running statistics are as they were.
 
     References
     ----------
@@ -123,11 +136,17 @@ def batch_norm(
     >>> print(nk.batch_norm(x, running_mean, running_var, eps=0.0))
     [[-0.5  4. ]
      [ 0.5  6. ]]
+
+    The biased variance, as the running one:
+
+    >>> y = nk.batch_norm(x, running_mean, running_var, training=True, momentum=1.0, ddof=0)
+    >>> print(running_var)
+    [1. 4.]
     """
-    if training:
-        y = forward(BATCH, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var, momentum)
+    if flag("training", training):
+        y = forward(BATCH, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var, momentum, ddof)
         if y is None:
-            explain_forward(BATCH, x, channel_axis, weight, bias, eps, out, running_mean, running_var, momentum)
+            explain_forward(BATCH, x, channel_axis, weight, bias, eps, out, running_mean, running_var, momentum, ddof)
         return y
     y = evaluate(BATCH, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var)
     if y is None:
@@ -136,30 +155,31 @@ def batch_norm(
 
 
 def batch_norm_forward(
-    x: Array,
+    x: Array[Element],
     running_mean: Running | None = None,
     running_var: Running | None = None,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
     channel_axis: SupportsIndex = 1,
-    out: Array | None = None,
-) -> tuple[Array, Statistics, Statistics]:
+    ddof: float = 1,
+    out: Array[Element] | None = None,
+) -> tuple[Array[Element], Statistics, Statistics]:
     """`batch_norm` that also returns the statistics it used, for `batch_norm_backward`.
 
     ``y = (x - mean) * rstd * weight + bias`` with ``rstd = 1 / sqrt(var + eps)``.
 
     Parameters
     ----------
-    x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis, out
+    x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis, ddof, out
         As in `batch_norm`.
 
     Returns
     -------
-    y : ndarray of float32
+    y : ndarray
         What `batch_norm` returns.
     mean, rstd : ndarray of float64, shape (C,)
         Mean of each channel and reciprocal of its standard deviation, from x in training, from the running statistics
@@ -167,7 +187,7 @@ def batch_norm_forward(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, MemoryError, KeyboardInterrupt
         As `batch_norm`.
 
     References
@@ -183,10 +203,12 @@ def batch_norm_forward(
     >>> print(mean, rstd)
     [ 2. 12.] [1.  0.5]
     """
-    if training:
-        result = forward(BATCH, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var, momentum)
+    if flag("training", training):
+        result = forward(
+            BATCH, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var, momentum, ddof
+        )
         if result is None:
-            explain_forward(BATCH, x, channel_axis, weight, bias, eps, out, running_mean, running_var, momentum)
+            explain_forward(BATCH, x, channel_axis, weight, bias, eps, out, running_mean, running_var, momentum, ddof)
         return result
     result = evaluate(BATCH, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var)
     if result is None:
@@ -195,17 +217,18 @@ def batch_norm_forward(
 
 
 def batch_norm_backward(
-    dy: Array,
-    x: Array,
+    dy: Array[Element],
+    x: Array[Element],
     mean: Statistics,
     rstd: Statistics,
-    weight: Array | None = None,
+    weight: Parameter | None = None,
     training: bool = True,
     *,
     channel_axis: SupportsIndex = 1,
-    out: Array | None = None,
+    out: Array[Element] | None = None,
     needs: Iterable[str] = _ALL,
-) -> Gradients:
+    grad_dtype: DTypeLike | None = None,
+) -> Gradients[Element]:
     r"""Gradients of `batch_norm` with respect to x, weight and bias.
 
     With :math:`\hat x = (x - \mu_c) r_c`, :math:`r` = `rstd`, :math:`g = \gamma_c \, dy`, means and sums over a
@@ -220,28 +243,30 @@ def batch_norm_backward(
 
     Parameters
     ----------
-    dy : ndarray of float32, shape of x
+    dy : ndarray, dtype and shape of x
         Gradient of the loss with respect to y.
-    x : ndarray of float32
+    x : ndarray
         The data that `batch_norm_forward` was given.
     mean, rstd : ndarray of float64, shape (C,)
         The statistics that `batch_norm_forward` returned.
-    weight : ndarray of float32, shape (C,), optional
+    weight : ndarray of x's dtype, float32 or float64, shape (C,), optional
         Gamma. None: ones; its gradient and that of the bias are still returned.
     training : bool
         Whether mean and rstd were taken from x (True) or are given constants (False).
     channel_axis : int
         The axis of the channels, as in the forward call.
-    out : ndarray of float32, shape of x, optional
+    out : ndarray, dtype and shape of x, optional
         Array to write dx into. It may be dy itself or x itself, and must not overlap anything else.
     needs : iterable of str
         The gradients to compute, of "x", "weight", "bias". The others come back as None.
+    grad_dtype : numpy.float32, numpy.float64 or None
+        Dtype of dweight and dbias. None: that of the weight, or of x where there is no weight.
 
     Returns
     -------
-    dx : ndarray of float32, shape of x, or None
+    dx : ndarray, dtype and shape of x, or None
         In the memory order of x; `out` if given.
-    dweight, dbias : ndarray of float32, shape (C,), or None
+    dweight, dbias : ndarray of `grad_dtype`, shape (C,), or None
 
     Raises
     ------
@@ -249,6 +274,8 @@ def batch_norm_backward(
         An argument has a wrong type or dtype. Nothing is converted silently.
     ValueError
         A shape, axis, name in `needs` or `out` is not acceptable. A call that raises has changed nothing.
+    MemoryError, KeyboardInterrupt
+        As `batch_norm`.
 
     References
     ----------
@@ -266,7 +293,8 @@ def batch_norm_backward(
     [ 2. -2. -2.  2.] [0.] [8.]
     """
     needed = 7 if needs is _ALL else _bits(needs, _ALL)
-    gradients = backward(BATCH, dy, x, mean, rstd, channel_axis, weight, bool(training), needed, out)
+    grad = 0 if grad_dtype is None else grad_code(grad_dtype)
+    gradients = backward(BATCH, dy, x, mean, rstd, channel_axis, weight, flag("training", training), needed, out, grad)
     if gradients is None:
         explain_backward(BATCH, dy, x, mean, rstd, channel_axis, weight, training, needed, out)
     return gradients
@@ -276,14 +304,14 @@ def batch_norm_backward(
 
 
 def layer_norm(
-    x: Array,
+    x: Array[Element],
     normalized_shape: Ints,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
     eps: float = 1e-5,
     *,
-    out: Array | None = None,
-) -> Array:
+    out: Array[Element] | None = None,
+) -> Array[Element]:
     r"""Normalize each sample over its trailing axes.
 
     .. math:: y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \, \gamma + \beta
@@ -293,21 +321,21 @@ def layer_norm(
 
     Parameters
     ----------
-    x : ndarray of float32, 1 to 16 dimensions
-        Data whose shape ends in `normalized_shape`. Any strides.
+    x : ndarray of float64, float32, float16 or bfloat16, 1 to 16 dimensions
+        Data whose shape ends in `normalized_shape`. Any strides. Float64 is computed in float64, all others in float32.
     normalized_shape : int or sequence of int
         Shape of one sample, the last dimensions of x. An int n stands for (n,).
-    weight, bias : ndarray of float32, shape `normalized_shape`, optional
-        Gamma and beta. None: ones and zeros.
+    weight, bias : ndarray of x's dtype, float32 or float64, shape `normalized_shape`, optional
+        Gamma and beta, each in its own dtype. None: ones and zeros.
     eps : float
         Added to the variance, in units of x squared; not negative. ``eps=0`` with zero variance gives NaN.
-    out : ndarray of float32, shape of x, optional
+    out : ndarray, dtype and shape of x, optional
         Array to write y into. It may be x itself, and must not overlap anything else.
 
     Returns
     -------
-    ndarray of float32
-        y, of the shape of x and in its memory order; `out` if given. A sample of one element gives the bias.
+    ndarray
+        y, of the dtype and shape of x and in its memory order; `out` if given. A sample of one element gives the bias.
 
     Raises
     ------
@@ -315,6 +343,10 @@ def layer_norm(
         An argument has a wrong type or dtype. Nothing is converted silently.
     ValueError
         A shape, `eps` or `out` is not acceptable. A call that raises has changed nothing.
+    MemoryError
+        There is no memory for the result or for scratch. Nothing has changed either.
+    KeyboardInterrupt
+        Ctrl-C in a long call. `out` may be half written.
 
     References
     ----------
@@ -330,27 +362,32 @@ def layer_norm(
     >>> print(nk.layer_norm(x, 8, eps=0.0))
     [-1.5 -0.5 -0.5 -0.5  0.   0.   1.   2. ]
 
+    Half precision, with a sum that float16 could not hold:
+
+    >>> print(nk.layer_norm(np.array([60000, 60064], dtype=np.float16), 2, eps=0.0))
+    [-1.  1.]
+
     Images, each normalized as a whole, in place:
 
     >>> images = np.random.default_rng(0).normal(size=(10, 3, 8, 8)).astype(np.float32)
     >>> nk.layer_norm(images, (3, 8, 8), out=images) is images
     True
     """
-    y = forward(LAYER, x, normalized_shape, weight, bias, eps, out, False, None, None, 0.0)
+    y = forward(LAYER, x, normalized_shape, weight, bias, eps, out, False, None, None, 0.0, 1)
     if y is None:
         explain_forward(LAYER, x, normalized_shape, weight, bias, eps, out)
     return y
 
 
 def layer_norm_forward(
-    x: Array,
+    x: Array[Element],
     normalized_shape: Ints,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
     eps: float = 1e-5,
     *,
-    out: Array | None = None,
-) -> tuple[Array, Statistics, Statistics]:
+    out: Array[Element] | None = None,
+) -> tuple[Array[Element], Statistics, Statistics]:
     """`layer_norm` that also returns the statistics, for `layer_norm_backward`.
 
     ``y = (x - mean) * rstd * weight + bias`` with ``rstd = 1 / sqrt(var + eps)``.
@@ -362,14 +399,14 @@ def layer_norm_forward(
 
     Returns
     -------
-    y : ndarray of float32
+    y : ndarray
         What `layer_norm` returns.
     mean, rstd : ndarray of float64, shape of x without the `normalized_shape` at its end
         Mean of each sample and reciprocal of its standard deviation. NaN where a sample is empty.
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, MemoryError, KeyboardInterrupt
         As `layer_norm`.
 
     References
@@ -385,23 +422,24 @@ def layer_norm_forward(
     >>> print(mean, rstd)
     [ 2. 12.] [1.  0.5]
     """
-    result = forward(LAYER, x, normalized_shape, weight, bias, eps, out, True, None, None, 0.0)
+    result = forward(LAYER, x, normalized_shape, weight, bias, eps, out, True, None, None, 0.0, 1)
     if result is None:
         explain_forward(LAYER, x, normalized_shape, weight, bias, eps, out)
     return result
 
 
 def layer_norm_backward(
-    dy: Array,
-    x: Array,
+    dy: Array[Element],
+    x: Array[Element],
     mean: Statistics,
     rstd: Statistics,
     normalized_shape: Ints,
-    weight: Array | None = None,
+    weight: Parameter | None = None,
     *,
-    out: Array | None = None,
+    out: Array[Element] | None = None,
     needs: Iterable[str] = _ALL,
-) -> Gradients:
+    grad_dtype: DTypeLike | None = None,
+) -> Gradients[Element]:
     r"""Gradients of `layer_norm` with respect to x, weight and bias.
 
     With :math:`\hat x = (x - \mu) r`, :math:`r` = `rstd`, :math:`g = \gamma \, dy`, means over a sample, sums over the
@@ -414,26 +452,28 @@ def layer_norm_backward(
 
     Parameters
     ----------
-    dy : ndarray of float32, shape of x
+    dy : ndarray, dtype and shape of x
         Gradient of the loss with respect to y.
-    x : ndarray of float32
+    x : ndarray
         The data that `layer_norm_forward` was given.
     mean, rstd : ndarray of float64, shape of x without the `normalized_shape` at its end
         The statistics that `layer_norm_forward` returned.
     normalized_shape : int or sequence of int
         Shape of one sample, as in the forward call.
-    weight : ndarray of float32, shape `normalized_shape`, optional
+    weight : ndarray of x's dtype, float32 or float64, shape `normalized_shape`, optional
         Gamma. None: ones; its gradient and that of the bias are still returned.
-    out : ndarray of float32, shape of x, optional
+    out : ndarray, dtype and shape of x, optional
         Array to write dx into. It may be dy itself or x itself, and must not overlap anything else.
     needs : iterable of str
         The gradients to compute, of "x", "weight", "bias". The others come back as None.
+    grad_dtype : numpy.float32, numpy.float64 or None
+        Dtype of dweight and dbias. None: that of the weight, or of x where there is no weight.
 
     Returns
     -------
-    dx : ndarray of float32, shape of x, or None
+    dx : ndarray, dtype and shape of x, or None
         In the memory order of x; `out` if given.
-    dweight, dbias : ndarray of float32, shape `normalized_shape`, or None
+    dweight, dbias : ndarray of `grad_dtype`, shape `normalized_shape`, or None
 
     Raises
     ------
@@ -441,6 +481,8 @@ def layer_norm_backward(
         An argument has a wrong type or dtype. Nothing is converted silently.
     ValueError
         A shape, a name in `needs` or `out` is not acceptable. A call that raises has changed nothing.
+    MemoryError, KeyboardInterrupt
+        As `layer_norm`.
 
     References
     ----------
@@ -456,9 +498,19 @@ def layer_norm_backward(
     >>> dx, dweight, dbias = nk.layer_norm_backward(dy, x, mean, rstd, 4)
     >>> print(dx, dweight, dbias)
     [[ 1.5 -1.5 -1.5  1.5]] [-4. -1.  1.  4.] [4. 1. 1. 4.]
+
+    Parameters of half precision, and a gradient of them that float16 could not hold:
+
+    >>> x, weight = np.zeros((3, 2), dtype=np.float16), np.ones(2, dtype=np.float16)
+    >>> y, mean, rstd = nk.layer_norm_forward(x, 2, weight)
+    >>> dy = np.full((3, 2), 30000, dtype=np.float16)
+    >>> dx, dweight, dbias = nk.layer_norm_backward(dy, x, mean, rstd, 2, weight, grad_dtype=np.float32)
+    >>> print(dbias)
+    [90000. 90000.]
     """
     needed = 7 if needs is _ALL else _bits(needs, _ALL)
-    gradients = backward(LAYER, dy, x, mean, rstd, normalized_shape, weight, True, needed, out)
+    grad = 0 if grad_dtype is None else grad_code(grad_dtype)
+    gradients = backward(LAYER, dy, x, mean, rstd, normalized_shape, weight, True, needed, out, grad)
     if gradients is None:
         explain_backward(LAYER, dy, x, mean, rstd, normalized_shape, weight, True, needed, out)
     return gradients
@@ -468,18 +520,19 @@ def layer_norm_backward(
 
 
 def instance_norm(
-    x: Array,
+    x: Array[Element],
     running_mean: Running | None = None,
     running_var: Running | None = None,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
     channel_axis: SupportsIndex = 1,
-    out: Array | None = None,
-) -> Array:
+    ddof: float = 1,
+    out: Array[Element] | None = None,
+) -> Array[Element]:
     r"""Normalize each channel of each sample over space.
 
     .. math:: y = \frac{x - \mu_{nc}}{\sqrt{\sigma_{nc}^2 + \epsilon}} \, \gamma_c + \beta_c
@@ -489,15 +542,15 @@ def instance_norm(
 
     Parameters
     ----------
-    x : ndarray of float32, 3 to 16 dimensions
+    x : ndarray of float64, float32, float16 or bfloat16, 3 to 16 dimensions
         Data with N samples on axis 0 and C channels on `channel_axis`. Any strides: NHWC memory seen as NCHW runs
-        without a copy.
+        without a copy. Float64 is computed in float64, all others in float32.
     running_mean, running_var : ndarray of float32 or float64, shape (C,), optional
         Statistics over the samples seen so far; both or neither. ``use_input_stats=False`` requires them. Otherwise
         they are updated in place: ``running = (1 - momentum) * running + momentum * new``, where the new mean and the
-        new unbiased variance are averages over the N samples, as in PyTorch.
-    weight, bias : ndarray of float32, shape (C,), optional
-        Gamma and beta. None: ones and zeros.
+        new variance, divided by n - ddof, are averages over the N samples, as in PyTorch.
+    weight, bias : ndarray of x's dtype, float32 or float64, shape (C,), optional
+        Gamma and beta, each in its own dtype. None: ones and zeros.
     use_input_stats : bool
         Statistics from x (True) or from `running_mean` and `running_var` (False).
     momentum : float
@@ -507,14 +560,18 @@ def instance_norm(
         Added to the variance, in units of x squared; not negative. ``eps=0`` with zero variance gives NaN.
     channel_axis : int
         The axis of the channels, not axis 0; negative ones count from the end.
-    out : ndarray of float32, shape of x, optional
+    ddof : float
+        The variance that goes into `running_var` is divided by n - ddof, n being the number of values of a channel of a
+        sample; 0 <= ddof < n. 1, as in PyTorch, makes it unbiased; 0 is the one that normalizes.
+        ``use_input_stats=False`` does not look at it.
+    out : ndarray, dtype and shape of x, optional
         Array to write y into. It may be x itself, and must not overlap anything else.
 
     Returns
     -------
-    ndarray of float32
-        y, of the shape of x and in its memory order; `out` if given. An empty x gives an empty y and leaves the
-        running statistics as they were.
+    ndarray
+        y, of the dtype and shape of x and in its memory order; `out` if given. An empty x gives an empty y and leaves
+        the running statistics as they were.
 
     Raises
     ------
@@ -522,8 +579,12 @@ def instance_norm(
         An argument has a wrong type or dtype. Nothing is converted silently.
     ValueError
         A shape, axis, number or `out` is not acceptable; a channel of a sample has a single value and
-        `use_input_stats` is True; the running statistics are missing and it is False. A call that raises has changed
-        nothing.
+        `use_input_stats` is True; the running statistics are missing, or `running_var` is negative, and it is False. A
+        call that raises has changed nothing.
+    MemoryError
+        There is no memory for the result or for scratch. Nothing has changed either.
+    KeyboardInterrupt
+        Ctrl-C in a long call. `out` may be half written, running statistics are as they were.
 
     References
     ----------
@@ -541,10 +602,12 @@ def instance_norm(
     [[[-1.  1.]
       [-1.  1.]]]
     """
-    if use_input_stats:
-        y = forward(INSTANCE, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var, momentum)
+    if flag("use_input_stats", use_input_stats):
+        y = forward(INSTANCE, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var, momentum, ddof)
         if y is None:
-            explain_forward(INSTANCE, x, channel_axis, weight, bias, eps, out, running_mean, running_var, momentum)
+            explain_forward(
+                INSTANCE, x, channel_axis, weight, bias, eps, out, running_mean, running_var, momentum, ddof
+            )
         return y
     y = evaluate(INSTANCE, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var)
     if y is None:
@@ -553,30 +616,31 @@ def instance_norm(
 
 
 def instance_norm_forward(
-    x: Array,
+    x: Array[Element],
     running_mean: Running | None = None,
     running_var: Running | None = None,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
     channel_axis: SupportsIndex = 1,
-    out: Array | None = None,
-) -> tuple[Array, Statistics, Statistics]:
+    ddof: float = 1,
+    out: Array[Element] | None = None,
+) -> tuple[Array[Element], Statistics, Statistics]:
     """`instance_norm` that also returns the statistics it used, for `instance_norm_backward`.
 
     ``y = (x - mean) * rstd * weight + bias`` with ``rstd = 1 / sqrt(var + eps)``.
 
     Parameters
     ----------
-    x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, channel_axis, out
+    x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, channel_axis, ddof, out
         As in `instance_norm`.
 
     Returns
     -------
-    y : ndarray of float32
+    y : ndarray
         What `instance_norm` returns.
     mean, rstd : ndarray of float64, shape (N, C)
         Mean of each channel of each sample and reciprocal of its standard deviation, from x, or the running
@@ -584,7 +648,7 @@ def instance_norm_forward(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, MemoryError, KeyboardInterrupt
         As `instance_norm`.
 
     References
@@ -600,10 +664,14 @@ def instance_norm_forward(
     >>> print(mean, rstd)
     [[ 2. 12.]] [[1.  0.5]]
     """
-    if use_input_stats:
-        result = forward(INSTANCE, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var, momentum)
+    if flag("use_input_stats", use_input_stats):
+        result = forward(
+            INSTANCE, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var, momentum, ddof
+        )
         if result is None:
-            explain_forward(INSTANCE, x, channel_axis, weight, bias, eps, out, running_mean, running_var, momentum)
+            explain_forward(
+                INSTANCE, x, channel_axis, weight, bias, eps, out, running_mean, running_var, momentum, ddof
+            )
         return result
     result = evaluate(INSTANCE, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var)
     if result is None:
@@ -612,17 +680,18 @@ def instance_norm_forward(
 
 
 def instance_norm_backward(
-    dy: Array,
-    x: Array,
+    dy: Array[Element],
+    x: Array[Element],
     mean: Statistics,
     rstd: Statistics,
-    weight: Array | None = None,
+    weight: Parameter | None = None,
     use_input_stats: bool = True,
     *,
     channel_axis: SupportsIndex = 1,
-    out: Array | None = None,
+    out: Array[Element] | None = None,
     needs: Iterable[str] = _ALL,
-) -> Gradients:
+    grad_dtype: DTypeLike | None = None,
+) -> Gradients[Element]:
     r"""Gradients of `instance_norm` with respect to x, weight and bias.
 
     With :math:`\hat x = (x - \mu_{nc}) r_{nc}`, :math:`r` = `rstd`, :math:`g = \gamma_c \, dy`, means over space, sums
@@ -637,28 +706,30 @@ def instance_norm_backward(
 
     Parameters
     ----------
-    dy : ndarray of float32, shape of x
+    dy : ndarray, dtype and shape of x
         Gradient of the loss with respect to y.
-    x : ndarray of float32
+    x : ndarray
         The data that `instance_norm_forward` was given.
     mean, rstd : ndarray of float64, shape (N, C)
         The statistics that `instance_norm_forward` returned.
-    weight : ndarray of float32, shape (C,), optional
+    weight : ndarray of x's dtype, float32 or float64, shape (C,), optional
         Gamma. None: ones; its gradient and that of the bias are still returned.
     use_input_stats : bool
         Whether mean and rstd were taken from x (True) or are given constants (False).
     channel_axis : int
         The axis of the channels, as in the forward call.
-    out : ndarray of float32, shape of x, optional
+    out : ndarray, dtype and shape of x, optional
         Array to write dx into. It may be dy itself or x itself, and must not overlap anything else.
     needs : iterable of str
         The gradients to compute, of "x", "weight", "bias". The others come back as None.
+    grad_dtype : numpy.float32, numpy.float64 or None
+        Dtype of dweight and dbias. None: that of the weight, or of x where there is no weight.
 
     Returns
     -------
-    dx : ndarray of float32, shape of x, or None
+    dx : ndarray, dtype and shape of x, or None
         In the memory order of x; `out` if given.
-    dweight, dbias : ndarray of float32, shape (C,), or None
+    dweight, dbias : ndarray of `grad_dtype`, shape (C,), or None
 
     Raises
     ------
@@ -666,6 +737,8 @@ def instance_norm_backward(
         An argument has a wrong type or dtype. Nothing is converted silently.
     ValueError
         A shape, axis, name in `needs` or `out` is not acceptable. A call that raises has changed nothing.
+    MemoryError, KeyboardInterrupt
+        As `instance_norm`.
 
     References
     ----------
@@ -683,7 +756,10 @@ def instance_norm_backward(
     [[[ 1.5 -1.5 -1.5  1.5]]] None [10.]
     """
     needed = 7 if needs is _ALL else _bits(needs, _ALL)
-    gradients = backward(INSTANCE, dy, x, mean, rstd, channel_axis, weight, bool(use_input_stats), needed, out)
+    grad = 0 if grad_dtype is None else grad_code(grad_dtype)
+    gradients = backward(
+        INSTANCE, dy, x, mean, rstd, channel_axis, weight, flag("use_input_stats", use_input_stats), needed, out, grad
+    )
     if gradients is None:
         explain_backward(INSTANCE, dy, x, mean, rstd, channel_axis, weight, use_input_stats, needed, out)
     return gradients
@@ -693,15 +769,15 @@ def instance_norm_backward(
 
 
 def group_norm(
-    x: Array,
+    x: Array[Element],
     num_groups: SupportsIndex,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
     eps: float = 1e-5,
     *,
     channel_axis: SupportsIndex = 1,
-    out: Array | None = None,
-) -> Array:
+    out: Array[Element] | None = None,
+) -> Array[Element]:
     r"""Normalize each group of neighbouring channels of each sample.
 
     .. math:: y = \frac{x - \mu_{ng}}{\sqrt{\sigma_{ng}^2 + \epsilon}} \, \gamma_c + \beta_c
@@ -712,24 +788,24 @@ def group_norm(
 
     Parameters
     ----------
-    x : ndarray of float32, 2 to 16 dimensions
+    x : ndarray of float64, float32, float16 or bfloat16, 2 to 16 dimensions
         Data with N samples on axis 0 and C channels on `channel_axis`. Any strides: NHWC memory seen as NCHW runs
-        without a copy.
+        without a copy. Float64 is computed in float64, all others in float32.
     num_groups : int
         Number of groups; it divides C.
-    weight, bias : ndarray of float32, shape (C,), optional
-        Gamma and beta. None: ones and zeros.
+    weight, bias : ndarray of x's dtype, float32 or float64, shape (C,), optional
+        Gamma and beta, each in its own dtype. None: ones and zeros.
     eps : float
         Added to the variance, in units of x squared; not negative. ``eps=0`` with zero variance gives NaN.
     channel_axis : int
         The axis of the channels, not axis 0; negative ones count from the end.
-    out : ndarray of float32, shape of x, optional
+    out : ndarray, dtype and shape of x, optional
         Array to write y into. It may be x itself, and must not overlap anything else.
 
     Returns
     -------
-    ndarray of float32
-        y, of the shape of x and in its memory order; `out` if given.
+    ndarray
+        y, of the dtype and shape of x and in its memory order; `out` if given.
 
     Raises
     ------
@@ -738,6 +814,10 @@ def group_norm(
     ValueError
         A shape, axis, number or `out` is not acceptable, or a group has a single value. A call that raises has
         changed nothing.
+    MemoryError
+        There is no memory for the result or for scratch. Nothing has changed either.
+    KeyboardInterrupt
+        Ctrl-C in a long call. `out` may be half written.
 
     References
     ----------
@@ -753,22 +833,22 @@ def group_norm(
     >>> print(nk.group_norm(x, 2, eps=0.0))
     [[-1.  1. -1.  1.]]
     """
-    y = forward(GROUP, x, (num_groups, channel_axis), weight, bias, eps, out, False, None, None, 0.0)
+    y = forward(GROUP, x, (num_groups, channel_axis), weight, bias, eps, out, False, None, None, 0.0, 1)
     if y is None:
         explain_forward(GROUP, x, (num_groups, channel_axis), weight, bias, eps, out)
     return y
 
 
 def group_norm_forward(
-    x: Array,
+    x: Array[Element],
     num_groups: SupportsIndex,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
     eps: float = 1e-5,
     *,
     channel_axis: SupportsIndex = 1,
-    out: Array | None = None,
-) -> tuple[Array, Statistics, Statistics]:
+    out: Array[Element] | None = None,
+) -> tuple[Array[Element], Statistics, Statistics]:
     """`group_norm` that also returns the statistics, for `group_norm_backward`.
 
     ``y = (x - mean) * rstd * weight + bias`` with ``rstd = 1 / sqrt(var + eps)``.
@@ -780,14 +860,14 @@ def group_norm_forward(
 
     Returns
     -------
-    y : ndarray of float32
+    y : ndarray
         What `group_norm` returns.
     mean, rstd : ndarray of float64, shape (N, num_groups)
         Mean of each group of each sample and reciprocal of its standard deviation. NaN where a group is empty.
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, MemoryError, KeyboardInterrupt
         As `group_norm`.
 
     References
@@ -803,24 +883,25 @@ def group_norm_forward(
     >>> print(mean, rstd)
     [[ 2. 12.]] [[1.  0.5]]
     """
-    result = forward(GROUP, x, (num_groups, channel_axis), weight, bias, eps, out, True, None, None, 0.0)
+    result = forward(GROUP, x, (num_groups, channel_axis), weight, bias, eps, out, True, None, None, 0.0, 1)
     if result is None:
         explain_forward(GROUP, x, (num_groups, channel_axis), weight, bias, eps, out)
     return result
 
 
 def group_norm_backward(
-    dy: Array,
-    x: Array,
+    dy: Array[Element],
+    x: Array[Element],
     mean: Statistics,
     rstd: Statistics,
     num_groups: SupportsIndex,
-    weight: Array | None = None,
+    weight: Parameter | None = None,
     *,
     channel_axis: SupportsIndex = 1,
-    out: Array | None = None,
+    out: Array[Element] | None = None,
     needs: Iterable[str] = _ALL,
-) -> Gradients:
+    grad_dtype: DTypeLike | None = None,
+) -> Gradients[Element]:
     r"""Gradients of `group_norm` with respect to x, weight and bias.
 
     With :math:`\hat x = (x - \mu_{ng}) r_{ng}`, :math:`r` = `rstd`, :math:`g = \gamma_c \, dy`, means over a group,
@@ -833,28 +914,30 @@ def group_norm_backward(
 
     Parameters
     ----------
-    dy : ndarray of float32, shape of x
+    dy : ndarray, dtype and shape of x
         Gradient of the loss with respect to y.
-    x : ndarray of float32
+    x : ndarray
         The data that `group_norm_forward` was given.
     mean, rstd : ndarray of float64, shape (N, num_groups)
         The statistics that `group_norm_forward` returned.
     num_groups : int
         Number of groups, as in the forward call.
-    weight : ndarray of float32, shape (C,), optional
+    weight : ndarray of x's dtype, float32 or float64, shape (C,), optional
         Gamma. None: ones; its gradient and that of the bias are still returned.
     channel_axis : int
         The axis of the channels, as in the forward call.
-    out : ndarray of float32, shape of x, optional
+    out : ndarray, dtype and shape of x, optional
         Array to write dx into. It may be dy itself or x itself, and must not overlap anything else.
     needs : iterable of str
         The gradients to compute, of "x", "weight", "bias". The others come back as None.
+    grad_dtype : numpy.float32, numpy.float64 or None
+        Dtype of dweight and dbias. None: that of the weight, or of x where there is no weight.
 
     Returns
     -------
-    dx : ndarray of float32, shape of x, or None
+    dx : ndarray, dtype and shape of x, or None
         In the memory order of x; `out` if given.
-    dweight, dbias : ndarray of float32, shape (C,), or None
+    dweight, dbias : ndarray of `grad_dtype`, shape (C,), or None
 
     Raises
     ------
@@ -862,6 +945,8 @@ def group_norm_backward(
         An argument has a wrong type or dtype. Nothing is converted silently.
     ValueError
         A shape, axis, number, name in `needs` or `out` is not acceptable. A call that raises has changed nothing.
+    MemoryError, KeyboardInterrupt
+        As `group_norm`.
 
     References
     ----------
@@ -880,7 +965,8 @@ def group_norm_backward(
     """
     needed = 7 if needs is _ALL else _bits(needs, _ALL)
     spec = (num_groups, channel_axis)
-    gradients = backward(GROUP, dy, x, mean, rstd, spec, weight, True, needed, out)
+    grad = 0 if grad_dtype is None else grad_code(grad_dtype)
+    gradients = backward(GROUP, dy, x, mean, rstd, spec, weight, True, needed, out, grad)
     if gradients is None:
         explain_backward(GROUP, dy, x, mean, rstd, spec, weight, True, needed, out)
     return gradients
@@ -890,13 +976,13 @@ def group_norm_backward(
 
 
 def rms_norm(
-    x: Array,
+    x: Array[Element],
     normalized_shape: Ints,
-    weight: Array | None = None,
+    weight: Parameter | None = None,
     eps: float | None = None,
     *,
-    out: Array | None = None,
-) -> Array:
+    out: Array[Element] | None = None,
+) -> Array[Element]:
     r"""Divide each sample by the root of the mean of its squares.
 
     .. math:: y = \frac{x}{\sqrt{\overline{x^2} + \epsilon}} \, \gamma
@@ -905,22 +991,23 @@ def rms_norm(
 
     Parameters
     ----------
-    x : ndarray of float32, 1 to 16 dimensions
-        Data whose shape ends in `normalized_shape`. Any strides.
+    x : ndarray of float64, float32, float16 or bfloat16, 1 to 16 dimensions
+        Data whose shape ends in `normalized_shape`. Any strides. Float64 is computed in float64, all others in float32.
     normalized_shape : int or sequence of int
         Shape of one sample, the last dimensions of x. An int n stands for (n,).
-    weight : ndarray of float32, shape `normalized_shape`, optional
+    weight : ndarray of x's dtype, float32 or float64, shape `normalized_shape`, optional
         Gamma. None: ones.
     eps : float, optional
-        Added to the mean of squares, in units of x squared; not negative. None: ``np.finfo(np.float32).eps``, as in
-        PyTorch. ``eps=0`` with a sample of zeros gives NaN.
-    out : ndarray of float32, shape of x, optional
+        Added to the mean of squares, in units of x squared; not negative. None: the machine epsilon of the
+        arithmetic, as in PyTorch: ``np.finfo(np.float64).eps`` for float64, ``np.finfo(np.float32).eps`` for all other
+        dtypes. ``eps=0`` with a sample of zeros gives NaN.
+    out : ndarray, dtype and shape of x, optional
         Array to write y into. It may be x itself, and must not overlap anything else.
 
     Returns
     -------
-    ndarray of float32
-        y, of the shape of x and in its memory order; `out` if given.
+    ndarray
+        y, of the dtype and shape of x and in its memory order; `out` if given.
 
     Raises
     ------
@@ -928,6 +1015,10 @@ def rms_norm(
         An argument has a wrong type or dtype. Nothing is converted silently.
     ValueError
         A shape, `eps` or `out` is not acceptable. A call that raises has changed nothing.
+    MemoryError
+        There is no memory for the result or for scratch. Nothing has changed either.
+    KeyboardInterrupt
+        Ctrl-C in a long call. `out` may be half written.
 
     References
     ----------
@@ -943,20 +1034,20 @@ def rms_norm(
     >>> print(nk.rms_norm(x, 8, eps=0.0))
     [ 1.5 -1.5  1.5  0.5 -0.5  0.5 -0.5  0.5]
     """
-    y = forward(RMS, x, normalized_shape, weight, None, eps, out, False, None, None, 0.0)
+    y = forward(RMS, x, normalized_shape, weight, None, eps, out, False, None, None, 0.0, 1)
     if y is None:
         explain_forward(RMS, x, normalized_shape, weight, None, eps, out)
     return y
 
 
 def rms_norm_forward(
-    x: Array,
+    x: Array[Element],
     normalized_shape: Ints,
-    weight: Array | None = None,
+    weight: Parameter | None = None,
     eps: float | None = None,
     *,
-    out: Array | None = None,
-) -> tuple[Array, Statistics]:
+    out: Array[Element] | None = None,
+) -> tuple[Array[Element], Statistics]:
     """`rms_norm` that also returns the statistics, for `rms_norm_backward`.
 
     ``y = x * rstd * weight`` with ``rstd = 1 / sqrt(mean(x * x) + eps)``.
@@ -968,14 +1059,14 @@ def rms_norm_forward(
 
     Returns
     -------
-    y : ndarray of float32
+    y : ndarray
         What `rms_norm` returns.
     rstd : ndarray of float64, shape of x without the `normalized_shape` at its end
         Reciprocal of the root mean square of each sample. NaN where a sample is empty.
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, MemoryError, KeyboardInterrupt
         As `rms_norm`.
 
     References
@@ -991,22 +1082,23 @@ def rms_norm_forward(
     >>> print(rstd)
     [0.5  0.25]
     """
-    result = forward(RMS, x, normalized_shape, weight, None, eps, out, True, None, None, 0.0)
+    result = forward(RMS, x, normalized_shape, weight, None, eps, out, True, None, None, 0.0, 1)
     if result is None:
         explain_forward(RMS, x, normalized_shape, weight, None, eps, out)
     return result[0], result[-1]
 
 
 def rms_norm_backward(
-    dy: Array,
-    x: Array,
+    dy: Array[Element],
+    x: Array[Element],
     rstd: Statistics,
     normalized_shape: Ints,
-    weight: Array | None = None,
+    weight: Parameter | None = None,
     *,
-    out: Array | None = None,
+    out: Array[Element] | None = None,
     needs: Iterable[str] = _ALL_RMS,
-) -> tuple[Array | None, Array | None]:
+    grad_dtype: DTypeLike | None = None,
+) -> tuple[Array[Element] | None, Parameter | None]:
     r"""Gradients of `rms_norm` with respect to x and weight.
 
     With :math:`\hat x = x r`, :math:`r` = `rstd`, :math:`g = \gamma \, dy`, means over a sample, sums over the samples:
@@ -1015,26 +1107,28 @@ def rms_norm_backward(
 
     Parameters
     ----------
-    dy : ndarray of float32, shape of x
+    dy : ndarray, dtype and shape of x
         Gradient of the loss with respect to y.
-    x : ndarray of float32
+    x : ndarray
         The data that `rms_norm_forward` was given.
     rstd : ndarray of float64, shape of x without the `normalized_shape` at its end
         The statistics that `rms_norm_forward` returned.
     normalized_shape : int or sequence of int
         Shape of one sample, as in the forward call.
-    weight : ndarray of float32, shape `normalized_shape`, optional
+    weight : ndarray of x's dtype, float32 or float64, shape `normalized_shape`, optional
         Gamma. None: ones; its gradient is still returned.
-    out : ndarray of float32, shape of x, optional
+    out : ndarray, dtype and shape of x, optional
         Array to write dx into. It may be dy itself or x itself, and must not overlap anything else.
     needs : iterable of str
         The gradients to compute, of "x", "weight". The others come back as None.
+    grad_dtype : numpy.float32, numpy.float64 or None
+        Dtype of dweight. None: that of the weight, or of x where there is no weight.
 
     Returns
     -------
-    dx : ndarray of float32, shape of x, or None
+    dx : ndarray, dtype and shape of x, or None
         In the memory order of x; `out` if given.
-    dweight : ndarray of float32, shape `normalized_shape`, or None
+    dweight : ndarray of `grad_dtype`, shape `normalized_shape`, or None
 
     Raises
     ------
@@ -1042,6 +1136,8 @@ def rms_norm_backward(
         An argument has a wrong type or dtype. Nothing is converted silently.
     ValueError
         A shape, a name in `needs` or `out` is not acceptable. A call that raises has changed nothing.
+    MemoryError, KeyboardInterrupt
+        As `rms_norm`.
 
     References
     ----------
@@ -1059,7 +1155,8 @@ def rms_norm_backward(
     [[1.75 0.25 0.75 1.25]] [ 4.  1. -1. -2.]
     """
     needed = 3 if needs is _ALL_RMS else _bits(needs, _ALL_RMS)
-    gradients = backward(RMS, dy, x, None, rstd, normalized_shape, weight, True, needed, out)
+    grad = 0 if grad_dtype is None else grad_code(grad_dtype)
+    gradients = backward(RMS, dy, x, None, rstd, normalized_shape, weight, True, needed, out, grad)
     if gradients is None:
         explain_backward(RMS, dy, x, None, rstd, normalized_shape, weight, True, needed, out)
     return gradients[0], gradients[1]
@@ -1069,15 +1166,15 @@ def rms_norm_backward(
 
 
 def normalize(
-    x: Array,
+    x: Array[Element],
     axes: Ints,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
     eps: float = 1e-5,
     *,
     center: bool = True,
-    out: Array | None = None,
-) -> Array:
+    out: Array[Element] | None = None,
+) -> Array[Element]:
     r"""Normalize over any axes: the formula behind every norm.
 
     .. math:: y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \, \gamma + \beta
@@ -1087,23 +1184,24 @@ def normalize(
 
     Parameters
     ----------
-    x : ndarray of float32, 1 to 16 dimensions
-        Data. Any strides.
+    x : ndarray of float64, float32, float16 or bfloat16, 1 to 16 dimensions
+        Data. Any strides. Float64 is computed in float64, all others in float32.
     axes : int or sequence of int
         The axes to normalize over, each once; negative ones count from the end.
-    weight, bias : ndarray of float32, optional
-        Gamma and beta, of any shape that broadcasts to that of x by NumPy's rules. None: ones and zeros.
+    weight, bias : ndarray of x's dtype, float32 or float64, optional
+        Gamma and beta, each in its own dtype, of any shape that broadcasts to that of x by NumPy's rules. None: ones
+        and zeros.
     eps : float
         Added to the variance, in units of x squared; not negative. ``eps=0`` with zero variance gives NaN.
     center : bool
         Subtract the mean (True), or take it as zero as in `rms_norm` (False).
-    out : ndarray of float32, shape of x, optional
+    out : ndarray, dtype and shape of x, optional
         Array to write y into. It may be x itself, and must not overlap anything else.
 
     Returns
     -------
-    ndarray of float32
-        y, of the shape of x and in its memory order; `out` if given.
+    ndarray
+        y, of the dtype and shape of x and in its memory order; `out` if given.
 
     Raises
     ------
@@ -1111,6 +1209,10 @@ def normalize(
         An argument has a wrong type or dtype. Nothing is converted silently.
     ValueError
         A shape, axis, `eps` or `out` is not acceptable. A call that raises has changed nothing.
+    MemoryError
+        There is no memory for the result or for scratch. Nothing has changed either.
+    KeyboardInterrupt
+        Ctrl-C in a long call. `out` may be half written.
 
     References
     ----------
@@ -1128,23 +1230,23 @@ def normalize(
     [[  -1.    1.]
      [-100.  100.]]
     """
-    norm = AXES if center else AXES_RMS
-    y = forward(norm, x, axes, weight, bias, eps, out, False, None, None, 0.0)
+    norm = AXES if flag("center", center) else AXES_RMS
+    y = forward(norm, x, axes, weight, bias, eps, out, False, None, None, 0.0, 1)
     if y is None:
         explain_forward(norm, x, axes, weight, bias, eps, out)
     return y
 
 
 def normalize_forward(
-    x: Array,
+    x: Array[Element],
     axes: Ints,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    weight: Parameter | None = None,
+    bias: Parameter | None = None,
     eps: float = 1e-5,
     *,
     center: bool = True,
-    out: Array | None = None,
-) -> tuple[Array, Statistics, Statistics]:
+    out: Array[Element] | None = None,
+) -> tuple[Array[Element], Statistics, Statistics]:
     """`normalize` that also returns the statistics, for `normalize_backward`.
 
     ``y = (x - mean) * rstd * weight + bias`` with ``rstd = 1 / sqrt(var + eps)``.
@@ -1156,7 +1258,7 @@ def normalize_forward(
 
     Returns
     -------
-    y : ndarray of float32
+    y : ndarray
         What `normalize` returns.
     mean, rstd : ndarray of float64, shape of x without the `axes`
         Mean of each set and reciprocal of its standard deviation (of its root mean square, with means of zero, without
@@ -1164,7 +1266,7 @@ def normalize_forward(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, MemoryError, KeyboardInterrupt
         As `normalize`.
 
     References
@@ -1180,25 +1282,26 @@ def normalize_forward(
     >>> print(mean, rstd)
     [ 2. 12.] [1.  0.5]
     """
-    norm = AXES if center else AXES_RMS
-    result = forward(norm, x, axes, weight, bias, eps, out, True, None, None, 0.0)
+    norm = AXES if flag("center", center) else AXES_RMS
+    result = forward(norm, x, axes, weight, bias, eps, out, True, None, None, 0.0, 1)
     if result is None:
         explain_forward(norm, x, axes, weight, bias, eps, out)
     return result
 
 
 def normalize_backward(
-    dy: Array,
-    x: Array,
+    dy: Array[Element],
+    x: Array[Element],
     mean: Statistics | None,
     rstd: Statistics,
     axes: Ints,
-    weight: Array | None = None,
+    weight: Parameter | None = None,
     *,
     center: bool = True,
-    out: Array | None = None,
+    out: Array[Element] | None = None,
     needs: Iterable[str] = _ALL,
-) -> Gradients:
+    grad_dtype: DTypeLike | None = None,
+) -> Gradients[Element]:
     r"""Gradients of `normalize` with respect to x, weight and bias.
 
     With :math:`\hat x = (x - \mu) r`, :math:`r` = `rstd`, :math:`g = \gamma \, dy`, means over a set, sums over the
@@ -1213,28 +1316,30 @@ def normalize_backward(
 
     Parameters
     ----------
-    dy : ndarray of float32, shape of x
+    dy : ndarray, dtype and shape of x
         Gradient of the loss with respect to y.
-    x : ndarray of float32
+    x : ndarray
         The data that `normalize_forward` was given.
     mean, rstd : ndarray of float64, shape of x without the `axes`
         The statistics that `normalize_forward` returned. Without `center` the mean is not looked at.
     axes : int or sequence of int
         The axes of the forward call.
-    weight : ndarray of float32, optional
+    weight : ndarray of x's dtype, float32 or float64, optional
         Gamma, of a shape that broadcasts to that of x. None: ones.
     center : bool
         As in the forward call.
-    out : ndarray of float32, shape of x, optional
+    out : ndarray, dtype and shape of x, optional
         Array to write dx into. It may be dy itself or x itself, and must not overlap anything else.
     needs : iterable of str
         The gradients to compute, of "x", "weight", "bias". The others come back as None.
+    grad_dtype : numpy.float32, numpy.float64 or None
+        Dtype of dweight and dbias. None: that of the weight, or of x where there is no weight.
 
     Returns
     -------
-    dx : ndarray of float32, shape of x, or None
+    dx : ndarray, dtype and shape of x, or None
         In the memory order of x; `out` if given.
-    dweight, dbias : ndarray of float32, shape of the weight, or None
+    dweight, dbias : ndarray of `grad_dtype`, shape of the weight, or None
         None also where `weight` is None: nothing tells their shape.
 
     Raises
@@ -1243,6 +1348,8 @@ def normalize_backward(
         An argument has a wrong type or dtype. Nothing is converted silently.
     ValueError
         A shape, axis, name in `needs` or `out` is not acceptable. A call that raises has changed nothing.
+    MemoryError, KeyboardInterrupt
+        As `normalize`.
 
     References
     ----------
@@ -1260,11 +1367,12 @@ def normalize_backward(
     >>> print(dx, dweight, dbias)
     [[ 3. -3. -1.  1.]] [-2.] [8.]
     """
-    if not center:
+    norm = AXES if flag("center", center) else AXES_RMS
+    if norm == AXES_RMS:
         mean = None
-    norm = AXES if center else AXES_RMS
     needed = 7 if needs is _ALL else _bits(needs, _ALL)
-    gradients = backward(norm, dy, x, mean, rstd, axes, weight, True, needed, out)
+    grad = 0 if grad_dtype is None else grad_code(grad_dtype)
+    gradients = backward(norm, dy, x, mean, rstd, axes, weight, True, needed, out, grad)
     if gradients is None:
         explain_backward(norm, dy, x, mean, rstd, axes, weight, True, needed, out)
     return gradients

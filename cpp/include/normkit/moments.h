@@ -6,7 +6,7 @@ namespace normkit {
 struct Moments {
     double count = 0;
     double mean = 0;
-    double m2 = 0;  // sum of (x - mean)^2
+    double M2 = 0;  // sum of (x - mean)^2
 
     // The moments of the union of two disjoint sets: Chan, Golub, LeVeque, "Updating formulae and a pairwise
     // algorithm for computing sample variances" (1979), eq. 2.1. Exact for constant sets: delta is then 0.
@@ -21,12 +21,12 @@ struct Moments {
         const double share = other.count / total;
         const double delta = other.mean - mean;
         mean += delta * share;
-        m2 += other.m2 + delta * delta * (count * share);
+        M2 += other.M2 + delta * delta * (count * share);
         count = total;
     }
 
     // Divides by count - ddof. NaN where that is not positive.
-    double variance(double ddof = 0) const { return count > ddof ? m2 / (count - ddof) : __builtin_nan(""); }
+    double var(double ddof = 0) const { return count > ddof ? M2 / (count - ddof) : __builtin_nan(""); }
 };
 
 }  // namespace normkit

@@ -6,9 +6,11 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <string>
 #include <vector>
 
+#include "normkit/dtypes.h"
 #include "normkit/moments.h"
 
 namespace normkit {
@@ -16,8 +18,6 @@ namespace normkit {
 using index_t = std::int64_t;
 
 constexpr int kMaxDims = 16;
-
-enum class Dtype : std::uint8_t { none, float32, float64 };
 
 // A strided array that somebody else owns. Strides are in bytes and may be negative, zero or misaligned.
 // A view whose dtype is `none` stands for an argument that is not given.
@@ -53,45 +53,59 @@ struct Spec {
 // (C,), (N, C), (N, G), the leading axes, the axes not reduced.
 
 struct Forward {
-    View x;                  // float32
+    View x;                  // any dtype
     View y;                  // like x; may be x itself; absent: statistics only
-    View weight, bias;       // float32 parameters, or absent
+    View weight, bias;       // parameters, each of x's dtype, float32 or float64; or absent
     double* mean = nullptr;  // out, or null
     double* rstd = nullptr;  // out, 1 / sqrt(var + eps), or null
-    double* m2 = nullptr;    // out, sum of squared deviations, or null
+    double* M2 = nullptr;    // out, sum of squared deviations, or null
     double eps = 1e-5;
     View running_mean, running_var;  // batch, instance: float32 or float64 (C,), updated in place; both or neither
     double momentum = 0.1;           // weight of the new value
+    double ddof = 1;                 // the new variance is divided by n - ddof; 0 <= ddof < n
 };
 
 struct Evaluate {
     View x, y, weight, bias;         // as in Forward
-    View running_mean, running_var;  // float32 or float64 (C,): the statistics to normalize with
+    View running_mean, running_var;  // float32 or float64 (C,): the statistics to normalize with; no negative variance
     double* mean = nullptr;          // out: the statistics used, shape as in Forward, or null
     double* rstd = nullptr;
     double eps = 1e-5;
 };
 
 struct Backward {
-    View dy, x;                    // float32, one shape
+    View dy, x;                    // one dtype, one shape
     const double* mean = nullptr;  // as Forward gave them; mean is not read by the rms norms
     const double* rstd = nullptr;
     View weight;                       // or absent: gamma = 1
     bool constant_statistics = false;  // true: mean and rstd do not depend on x (evaluation, frozen batch norm)
     View dx;                           // like x; may be x or dy itself; or absent
-    float* dweight = nullptr;          // C-contiguous parameters, or null
-    float* dbias = nullptr;
+    View dweight, dbias;               // C-contiguous parameters of any dtype, or absent
 };
 
 // Each returns false, having changed nothing, when shapes, dtypes, overlaps or values do not fit; true when done.
-// They throw std::bad_alloc, having changed nothing, when scratch memory can't be had, and nothing else.
+// They throw std::bad_alloc, having changed nothing, when scratch memory can't be had; Interrupted, see below; and
+// nothing else.
 bool forward(const Spec& spec, const Forward& args);
 bool evaluate(const Spec& spec, const Evaluate& args);
 bool backward(const Spec& spec, const Backward& args);
 
-// Number of statistics (sets) and of dimensions of the statistics for x; -1 where the spec does not fit x.
-// shape receives up to kMaxDims extents.
+// Number of dimensions of the statistics for x, and of the parameters; -1 where the spec does not fit x. shape receives
+// up to kMaxDims extents. For the axes norms the parameters have no shape of their own: -1.
 int statistics_shape(const Spec& spec, const View& x, index_t* shape);
+int parameter_shape(const Spec& spec, const View& x, index_t* shape);
+
+// Whether a norm has a mean (and a bias): all but the rms norms.
+bool has_mean(Norm norm);
+
+// A function that this thread's long calls ask, several times a second, whether to give up; null (the default): they
+// are not interrupted. It is called on this thread. A call that is told to give up throws Interrupted; results may then
+// be half written, running statistics are as they were.
+using ShouldStop = bool (*)();
+ShouldStop& this_thread_should_stop();
+struct Interrupted : std::exception {
+    const char* what() const noexcept override { return "normkit: interrupted"; }
+};
 
 // Threads for the calls of this process. 0 restores the default (OMP_NUM_THREADS, or every core).
 void set_num_threads(int threads);

@@ -24,22 +24,30 @@ void record(const Plan& plan, const Schedule& s, const Isa& isa) {
 
 void forward(const Plan& plan, const ForwardCall& call) {
     const Isa& isa = isa_in_force();
-    const Schedule schedule = make_schedule(plan, 1, call.y != nullptr, call.in_place);
-    (plan.walk == Walk::rows ? rows_forward<float> : columns_forward<float>)(plan, call, *isa.float32, schedule);
+    const Schedule schedule = make_schedule(plan, size_of(call.dtype), 1, call.y != nullptr, call.in_place);
+    with_dtype(call.dtype, [&](auto x) {
+        using X = decltype(x);
+        const KernelPair<X> kernels{kernels_of<X>(isa), kernels_of<Compute<X>>(isa)};
+        (plan.walk == Walk::rows ? rows_forward<X> : columns_forward<X>)(plan, call, kernels, schedule);
+    });
     record(plan, schedule, isa);
 }
 
 void backward(const Plan& plan, const BackwardCall& call) {
     const Isa& isa = isa_in_force();
-    const Schedule schedule = make_schedule(plan, 2, call.dx != nullptr, call.in_place);
-    (plan.walk == Walk::rows ? rows_backward<float> : columns_backward<float>)(plan, call, *isa.float32, schedule);
+    const Schedule schedule = make_schedule(plan, size_of(call.dtype), 2, call.dx != nullptr, call.in_place);
+    with_dtype(call.dtype, [&](auto x) {
+        using X = decltype(x);
+        const KernelPair<X> kernels{kernels_of<X>(isa), kernels_of<Compute<X>>(isa)};
+        (plan.walk == Walk::rows ? rows_backward<X> : columns_backward<X>)(plan, call, kernels, schedule);
+    });
     record(plan, schedule, isa);
 }
 
 }  // namespace cpu
 
 void copy(const float* from, float* to, index_t n, bool stream) {
-    const auto& kernels = *cpu::isa_in_force().float32;
+    const auto& kernels = cpu::kernels_of<float>(cpu::isa_in_force());
     const index_t piece = cpu::kPieceBytes / index_t{sizeof(float)};
     cpu::parallel_for((n + piece - 1) / piece, get_num_threads(), [&](index_t i) {
         kernels.copy({reinterpret_cast<const char*>(from + i * piece)}, {reinterpret_cast<char*>(to + i * piece)}, 1,

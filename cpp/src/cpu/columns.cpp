@@ -4,8 +4,6 @@
 // blocks of rows, the blocks merged in order. Then the lanes of a set are merged (group norm: C/G neighbours).
 // A unit of work is a block of neighbouring lanes, all of its rows (resident) or one block of them.
 
-#include <cstring>
-
 #include "walks.h"
 
 namespace normkit::cpu {
@@ -13,6 +11,9 @@ namespace {
 
 constexpr index_t kLeastBlock = 256;  // rows; a block's partial sums then cost little beside its elements
 constexpr index_t kGatherLanes = 64;
+
+// Rows of a unit between two looks at whether to give up; a multiple of kLeafRows.
+constexpr index_t kRowsBetweenQuestions = 256;
 
 constexpr unsigned kOperandsForward = bit(kX) | bit(kY) | bit(kWeight) | bit(kBias);
 constexpr unsigned kOperandsBackward = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kGradient);
@@ -79,9 +80,14 @@ Part part_of(const Units& units, index_t parts, index_t i) {
     return {i / (side * parts) * side + i % side, i / side % parts};
 }
 
-// Where the statistics of a set stand in the caller's arrays.
-index_t statistic_of(const Plan& plan, index_t set) {
-    return plan.kept.offset(kStatistic, set / plan.lane.extent) + set % plan.lane.extent * plan.lane.stride[kStatistic];
+// f(set, where its statistics stand in the caller's arrays) for every set.
+template <class F>
+void for_sets(const Plan& plan, F f) {
+    index_t set = 0;
+    for (index_t outer = 0; outer < plan.kept.size(); ++outer) {
+        const index_t first = plan.kept.offset(kStatistic, outer);
+        for (index_t l = 0; l < plan.lane.extent; ++l) f(set++, first + l * plan.lane.stride[kStatistic]);
+    }
 }
 
 // The statistics of a unit's sets, repeated for the lanes of each.
@@ -99,12 +105,14 @@ bool uniform(const Nest& runs, index_t first, index_t n) {
     return runs.n == 1 || first % runs.inner().extent + n <= runs.inner().extent;
 }
 
-template <class T>
-void gather_rows(const char* p, const Nest& runs, Operand o, index_t lane_stride, index_t first, index_t rows,
-                 index_t lanes, T* out) {
+// The same where it does not, packed: as elements E, those of the operand, or converted.
+template <class E>
+Strided gather_rows(const char* p, Dtype dtype, const Nest& runs, Operand o, index_t lane_stride, index_t first,
+                    index_t rows, index_t lanes, E* out) {
     for (index_t r = 0; r < rows; ++r) {
-        gather<T>({p + runs.offset(o, first + r), 0, lane_stride}, 1, lanes, out + r * lanes);
+        gather<E>({p + runs.offset(o, first + r), 0, lane_stride, dtype}, 1, lanes, out + r * lanes);
     }
+    return {reinterpret_cast<const char*>(out), lanes * index_t{sizeof(E)}, sizeof(E), kDtype<E>};
 }
 
 template <class T>
@@ -112,10 +120,12 @@ using LaneStorage = T[SetStatistics<T>::kArrays * kMostLanes];
 
 // ------------------------------------------------------------------------------------------------------------ forward
 
-template <class T>
+template <class X>
 class ColumnsForward {
+    using T = Compute<X>;
+
   public:
-    ColumnsForward(const Plan& plan, const ForwardCall& call, const Kernels<T>& kernels, const Schedule& schedule)
+    ColumnsForward(const Plan& plan, const ForwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule)
         : plan_(plan),
           call_(call),
           k_(kernels),
@@ -132,17 +142,17 @@ class ColumnsForward {
     void run() {
         const Tiles all_rows = units_.rows(kOperandsForward, 0);
         if (call_.given) {
-            for (index_t i = 0; i < plan_.sets; ++i) put_given(i);
+            for_sets(plan_, [&](index_t set, index_t i) { statistics_.put(set, given_statistic(call_, i)); });
         } else if (schedule_.resident) {
             parallel_for(units_.count(), schedule_.threads, [&](index_t i) {
                 const Unit u = units_[i];
-                double mean[kMostLanes], m2[kMostLanes], block_mean[kMostLanes], block_m2[kMostLanes];
-                moments(u, 0, mean, m2);
+                double mean[kMostLanes], M2[kMostLanes], block_mean[kMostLanes], block_M2[kMostLanes];
+                moments(u, 0, mean, M2);
                 for (index_t b = 1; b < blocks_.count(); ++b) {
-                    moments(u, b, block_mean, block_m2);
-                    merge(u, b, mean, m2, block_mean, block_m2);
+                    moments(u, b, block_mean, block_M2);
+                    merge(u, b, mean, M2, block_mean, block_M2);
                 }
-                finish(u, mean, m2);
+                finish(u, mean, M2);
                 if (!call_.y) return;
                 for (index_t t = 0; t < all_rows.count(); ++t) apply_tile(u, all_rows, t);
             });
@@ -151,7 +161,7 @@ class ColumnsForward {
             sweep_moments();
         }
         if (!call_.y) return;
-        const index_t rows_per = kPieceBytes / (units_.most_lanes() * static_cast<index_t>(sizeof(T)));
+        const index_t rows_per = kPieceBytes / (units_.most_lanes() * index_t{sizeof(X)});
         const Tiles tiles = units_.rows(kOperandsForward, rows_per < 1 ? 1 : rows_per);
         // Row by row of tiles, so that whole rows are written; backwards, because what was read last is still in the
         // last-level cache.
@@ -181,75 +191,76 @@ class ColumnsForward {
     }
 
     // Moments of each lane over one block of rows.
-    void moments(const Unit& u, index_t block, double* mean, double* m2) const {
-        for (index_t l = 0; l < u.lanes; ++l) mean[l] = m2[l] = 0;
+    void moments(const Unit& u, index_t block, double* mean, double* M2) const {
+        for (index_t l = 0; l < u.lanes; ++l) mean[l] = M2[l] = 0;
         const char* p = call_.x + units_.at(u)[kX];
+        T origin[kMostLanes];
+        if (kDtype<X> == Dtype::float64) {
+            for (index_t l = 0; l < u.lanes; ++l) {
+                origin[l] = origin_of<X>(p + l / plan_.merge.extent * plan_.lane.stride[kX], plan_.center);
+            }
+        }
         const index_t lane = units_.lane_stride(kX), first = blocks_.first(block), rows = blocks_.size(block);
         if (uniform(runs_x_, first, rows)) {
-            moments_down(k_, {p + runs_x_.offset(kX, first), runs_x_.inner().stride[kX], lane}, rows, u.lanes, 0,
-                         plan_.center, mean, m2);
+            Strided x{p + runs_x_.offset(kX, first), runs_x_.inner().stride[kX], lane, call_.dtype};
+            for (index_t r = 0; r < rows && !gives_up(); r += kRowsBetweenQuestions) {
+                const index_t n = rows - r < kRowsBetweenQuestions ? rows - r : kRowsBetweenQuestions;
+                moments_down(k_, x, origin, n, u.lanes, r, plan_.center, mean, M2);
+                x.p += n * x.row;
+            }
             return;
         }
-        T buffer[kLeafRows * kGatherLanes];
-        for (index_t r = 0; r < rows; r += kLeafRows) {
+        X buffer[kLeafRows * kGatherLanes];
+        for (index_t r = 0; r < rows && !gives_up(); r += kLeafRows) {
             const index_t n = rows - r < kLeafRows ? rows - r : kLeafRows;
             for (index_t l = 0; l < u.lanes; l += kGatherLanes) {
                 const index_t lanes = u.lanes - l < kGatherLanes ? u.lanes - l : kGatherLanes;
-                gather_rows(p + l * lane, runs_x_, kX, lane, first + r, n, lanes, buffer);
-                moments_down<T>(k_, {reinterpret_cast<const char*>(buffer), lanes * index_t{sizeof(T)}, sizeof(T)}, n,
-                                lanes, r, plan_.center, mean + l, m2 + l);
+                moments_down(k_, gather_rows(p + l * lane, call_.dtype, runs_x_, kX, lane, first + r, n, lanes, buffer),
+                             origin + l, n, lanes, r, plan_.center, mean + l, M2 + l);
             }
         }
     }
 
     // Moments::merge of block b into all before it, lane by lane.
-    void merge(const Unit& u, index_t b, double* mean, double* m2, const double* block_mean,
-               const double* block_m2) const {
+    void merge(const Unit& u, index_t b, double* mean, double* M2, const double* block_mean,
+               const double* block_M2) const {
         const double seen = static_cast<double>(blocks_.first(b)), count = static_cast<double>(blocks_.size(b));
         for (index_t l = 0; l < u.lanes; ++l) {
-            Moments m{seen, mean[l], m2[l]};
-            m.merge({count, block_mean[l], block_m2[l]});
+            Moments m{seen, mean[l], M2[l]};
+            m.merge({count, block_mean[l], block_M2[l]});
             mean[l] = m.mean;
-            m2[l] = m.m2;
+            M2[l] = m.M2;
         }
     }
 
     // Merges the lanes of each set and turns its moments into statistics.
-    void finish(const Unit& u, const double* mean, const double* m2) {
+    void finish(const Unit& u, const double* mean, const double* M2) {
         const Offsets at = units_.at(u);
         const double count = static_cast<double>(blocks_.rows);
         for (index_t i = 0; i < u.sets; ++i) {
             const index_t first = i * plan_.merge.extent;
-            Moments m = merged(count, mean + first, m2 + first);
-            if (is_doubtful(m, call_.eps)) {
-                m = moments_in_double<T>(set_, call_.x + at[kX] + i * plan_.lane.stride[kX], plan_.center);
-            }
-            const double rstd = rstd_of(m, call_.eps);
-            write_statistics(call_, at[kStatistic] + i * plan_.lane.stride[kStatistic], m, rstd);
-            statistics_.put(units_.set(u) + i, m.mean, rstd);
+            const Moments m = merged(count, mean + first, M2 + first);
+            const char* x = call_.x + at[kX] + i * plan_.lane.stride[kX];
+            const index_t statistic = at[kStatistic] + i * plan_.lane.stride[kStatistic];
+            statistics_.put(units_.set(u) + i, finish_set<X>(call_, set_, x, plan_.center, m, statistic));
         }
     }
 
     // Moments::merge of lanes of equal counts, all at once: the divisions of one after the other cost more than the
     // rows.
-    Moments merged(double count, const double* mean, const double* m2) const {
+    Moments merged(double count, const double* mean, const double* M2) const {
         const index_t lanes = plan_.merge.extent;
-        Moments m{count * static_cast<double>(lanes), mean[0], m2[0]};
+        Moments m{count * static_cast<double>(lanes), mean[0], M2[0]};
         if (lanes == 1) return m;
         for (index_t j = 1; j < lanes; ++j) {
             m.mean += mean[j];
-            m.m2 += m2[j];
+            m.M2 += M2[j];
         }
         m.mean /= static_cast<double>(lanes);
         double between = 0;
         for (index_t j = 0; j < lanes; ++j) between += (mean[j] - m.mean) * (mean[j] - m.mean);
-        m.m2 += count * between;
+        m.M2 += count * between;
         return m;
-    }
-
-    void put_given(index_t set) {
-        const index_t i = statistic_of(plan_, set);
-        statistics_.put(set, call_.mean[i], call_.rstd[i]);
     }
 
     void apply_tile(const Unit& u, const Tiles& tiles, index_t t) const {
@@ -257,14 +268,15 @@ class ColumnsForward {
         const TileStatistics<T> s = lane_statistics(plan_, statistics_, units_.set(u), u, storage);
         const Tiles::Tile tile = tiles[t];
         const Offsets at = units_.at(u) + tile.at;
-        apply(k_.apply_down, operand(call_.x, at, tiles, kX), operand(call_.y, at, tiles, kY),
-              call_.weight ? operand(call_.weight, at, tiles, kWeight) : one<T>(),
-              call_.bias ? operand(call_.bias, at, tiles, kBias) : zero<T>(), s, tile.rows, u.lanes, schedule_.stream);
+        apply(k_, operand(call_.x, call_.dtype, at, tiles, kX), operand(call_.y, call_.dtype, at, tiles, kY),
+              parameter(call_.weight, call_.weight_dtype, at, tiles, kWeight, one<T>()),
+              parameter(call_.bias, call_.bias_dtype, at, tiles, kBias, zero<T>()), s, tile.rows, u.lanes,
+              schedule_.stream);
     }
 
     const Plan& plan_;
     const ForwardCall& call_;
-    const Kernels<T>& k_;
+    const KernelPair<X>& k_;
     const Schedule schedule_;
     const Units units_;
     const RowBlocks blocks_;
@@ -276,10 +288,12 @@ class ColumnsForward {
 
 // ----------------------------------------------------------------------------------------------------------- backward
 
-template <class T>
+template <class X>
 class ColumnsBackward {
+    using T = Compute<X>;
+
   public:
-    ColumnsBackward(const Plan& plan, const BackwardCall& call, const Kernels<T>& kernels, const Schedule& schedule)
+    ColumnsBackward(const Plan& plan, const BackwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule)
         : plan_(plan),
           call_(call),
           k_(kernels),
@@ -296,10 +310,7 @@ class ColumnsBackward {
     }
 
     void run() {
-        for (index_t i = 0; i < plan_.sets; ++i) {
-            const index_t from = statistic_of(plan_, i);
-            statistics_.put(i, call_.mean ? call_.mean[from] : 0, call_.rstd[from]);
-        }
+        for_sets(plan_, [&](index_t set, index_t i) { statistics_.put(set, given_statistic(call_, i)); });
         const bool wants_set_sums = call_.dx && !call_.constant_statistics;
         const bool wants_cells = call_.parameters && rows_share_parameters_;
         const Tiles all_rows = units_.rows(kOperandsBackward, 0);
@@ -311,7 +322,7 @@ class ColumnsBackward {
             return &parts[2 * (unit * (resident ? 1 : blocks) + block) * most];
         };
         // Before dx, which may take the place of x or dy.
-        if (call_.parameters && !rows_share_parameters_) sum_parameters<T>(plan_, call_, schedule_.threads);
+        if (call_.parameters && !rows_share_parameters_) sum_parameters<X>(plan_, call_, schedule_.threads);
 
         if (resident) {
             parallel_for(n, schedule_.threads, [&](index_t i) {
@@ -342,7 +353,7 @@ class ColumnsBackward {
                 }
             }
             if (call_.dx) {
-                const index_t rows_per = kPieceBytes / (2 * most * static_cast<index_t>(sizeof(T)));
+                const index_t rows_per = kPieceBytes / (2 * most * index_t{sizeof(X)});
                 const Tiles tiles = units_.rows(kOperandsBackward, rows_per < 1 ? 1 : rows_per);
                 const index_t all = n * tiles.count();
                 parallel_for(all, schedule_.threads, [&](index_t back) {  // backwards, as in the forward pass
@@ -381,32 +392,38 @@ class ColumnsBackward {
         const Offsets at = units_.at(u);
         const bool weighted = call_.weight && !rows_share_parameters_;
         const index_t last = blocks_.first(block) + blocks_.size(block);
+        index_t until_question = 0;
         for (index_t r = blocks_.first(block); r < last; r += kSumRows) {
+            if (--until_question < 0) {
+                if (gives_up()) return;
+                until_question = kRowsBetweenQuestions / kSumRows;
+            }
             const index_t n = last - r < kSumRows ? last - r : kSumRows;
             if (uniform(runs_, r, n)) {
                 const Offsets o = at + runs_.offsets(r);
-                const auto tile = [&](const char* base, Operand k) {
-                    return Strided{base + o[k], runs_.inner().stride[k], units_.lane_stride(k)};
+                const auto tile = [&](const char* base, Dtype dtype, Operand k) {
+                    return Strided{base + o[k], runs_.inner().stride[k], units_.lane_stride(k), dtype};
                 };
-                backward(k_, tile(call_.dy, kDy), tile(call_.x, kX), weighted ? tile(call_.weight, kWeight) : one<T>(),
-                         Strided{}, s, n, u.lanes, sum_g, sum_g_xhat, false);
+                backward(k_, tile(call_.dy, call_.dtype, kDy), tile(call_.x, call_.dtype, kX),
+                         weighted ? tile(call_.weight, call_.weight_dtype, kWeight) : one<T>(), Strided{}, s, n,
+                         u.lanes, sum_g, sum_g_xhat, false);
                 continue;
             }
-            T dy[kSumRows * kGatherLanes], x[kSumRows * kGatherLanes], w[kSumRows * kGatherLanes];
+            X dy[kSumRows * kGatherLanes], x[kSumRows * kGatherLanes];
+            T w[kSumRows * kGatherLanes];
             for (index_t l = 0; l < u.lanes; l += kGatherLanes) {
                 const index_t lanes = u.lanes - l < kGatherLanes ? u.lanes - l : kGatherLanes;
-                const auto tile = [&](const char* base, Operand k, T* buffer) {
+                const auto tile = [&](const char* base, Dtype dtype, Operand k, auto* buffer) {
                     const index_t lane = units_.lane_stride(k);
-                    gather_rows(base + at[k] + l * lane, runs_, k, lane, r, n, lanes, buffer);
-                    return Strided{reinterpret_cast<const char*>(buffer), lanes * index_t{sizeof(T)}, sizeof(T)};
+                    return gather_rows(base + at[k] + l * lane, dtype, runs_, k, lane, r, n, lanes, buffer);
                 };
                 TileStatistics<T> shifted = s;
                 for (const T** p : {&shifted.hi, &shifted.lo, &shifted.rstd, &shifted.scale}) {
                     if (*p) *p += l;
                 }
-                backward(k_, tile(call_.dy, kDy, dy), tile(call_.x, kX, x),
-                         weighted ? tile(call_.weight, kWeight, w) : one<T>(), Strided{}, shifted, n, lanes, sum_g + l,
-                         sum_g_xhat + l, false);
+                backward(k_, tile(call_.dy, call_.dtype, kDy, dy), tile(call_.x, call_.dtype, kX, x),
+                         weighted ? tile(call_.weight, call_.weight_dtype, kWeight, w) : one<T>(), Strided{}, shifted,
+                         n, lanes, sum_g + l, sum_g_xhat + l, false);
             }
         }
     }
@@ -420,12 +437,8 @@ class ColumnsBackward {
                 const index_t l = i * plan_.merge.extent + j;
                 double w = 1;
                 if (call_.weight && rows_share_parameters_) {
-                    T value;
-                    std::memcpy(
-                        &value,
-                        call_.weight + at[kWeight] + i * plan_.lane.stride[kWeight] + j * plan_.merge.stride[kWeight],
-                        sizeof value);
-                    w = value;
+                    const index_t offset = i * plan_.lane.stride[kWeight] + j * plan_.merge.stride[kWeight];
+                    w = read_double(call_.weight + at[kWeight] + offset, call_.weight_dtype);
                 }
                 sums.g += w * sum_g[l];
                 sums.g_xhat += w * sum_g_xhat[l];
@@ -443,7 +456,7 @@ class ColumnsBackward {
 
     const Plan& plan_;
     const BackwardCall& call_;
-    const Kernels<T>& k_;
+    const KernelPair<X>& k_;
     const Schedule schedule_;
     const Units units_;
     const RowBlocks blocks_;
@@ -456,17 +469,21 @@ class ColumnsBackward {
 
 }  // namespace
 
-template <class T>
-void columns_forward(const Plan& plan, const ForwardCall& call, const Kernels<T>& kernels, const Schedule& schedule) {
-    ColumnsForward<T>(plan, call, kernels, schedule).run();
+template <class X>
+void columns_forward(const Plan& plan, const ForwardCall& call, const KernelPair<X>& kernels,
+                     const Schedule& schedule) {
+    ColumnsForward<X>(plan, call, kernels, schedule).run();
 }
 
-template <class T>
-void columns_backward(const Plan& plan, const BackwardCall& call, const Kernels<T>& kernels, const Schedule& schedule) {
-    ColumnsBackward<T>(plan, call, kernels, schedule).run();
+template <class X>
+void columns_backward(const Plan& plan, const BackwardCall& call, const KernelPair<X>& kernels,
+                      const Schedule& schedule) {
+    ColumnsBackward<X>(plan, call, kernels, schedule).run();
 }
 
-template void columns_forward<float>(const Plan&, const ForwardCall&, const Kernels<float>&, const Schedule&);
-template void columns_backward<float>(const Plan&, const BackwardCall&, const Kernels<float>&, const Schedule&);
+#define NORMKIT_INSTANTIATE(name, X, T)                                                                       \
+    template void columns_forward<X>(const Plan&, const ForwardCall&, const KernelPair<X>&, const Schedule&); \
+    template void columns_backward<X>(const Plan&, const BackwardCall&, const KernelPair<X>&, const Schedule&);
+NORMKIT_FOR_DTYPES(NORMKIT_INSTANTIATE)
 
 }  // namespace normkit::cpu

@@ -8,30 +8,34 @@
 namespace normkit {
 namespace cpu {
 
-#define NORMKIT_DECLARE(isa) extern const Kernels<float> kernels_##isa##_float32;
-NORMKIT_DECLARE(baseline)
-#if defined(NORMKIT_X86)
-NORMKIT_DECLARE(avx2)
-NORMKIT_DECLARE(avx512)
-#endif
+#define NORMKIT_ROW(dtype, element, arithmetic)             \
+    extern const Kernels<element> kernels_baseline_##dtype; \
+    extern const Kernels<element> kernels_avx2_##dtype;     \
+    extern const Kernels<element> kernels_avx512_##dtype;
+NORMKIT_FOR_DTYPES(NORMKIT_ROW)
+#undef NORMKIT_ROW
 
 namespace {
 
 bool always() { return true; }
 #if defined(NORMKIT_X86)
-bool has_avx2() { return __builtin_cpu_supports("avx2"); }
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
 bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
 }
 #endif
 
+#define NORMKIT_BASELINE(dtype, element, arithmetic) &kernels_baseline_##dtype,
+#define NORMKIT_AVX2(dtype, element, arithmetic) &kernels_avx2_##dtype,
+#define NORMKIT_AVX512(dtype, element, arithmetic) &kernels_avx512_##dtype,
+
 // Worst first.
 const Isa kIsas[] = {
-    {"baseline", always, &kernels_baseline_float32},
+    {"baseline", always, NORMKIT_FOR_DTYPES(NORMKIT_BASELINE)},
 #if defined(NORMKIT_X86)
-    {"avx2", has_avx2, &kernels_avx2_float32},
-    {"avx512", has_avx512, &kernels_avx512_float32},
+    {"avx2", has_avx2, NORMKIT_FOR_DTYPES(NORMKIT_AVX2)},
+    {"avx512", has_avx512, NORMKIT_FOR_DTYPES(NORMKIT_AVX512)},
 #endif
 };
 

@@ -1,4 +1,5 @@
-// The kernels, compiled once per instruction set: CMake defines NORMKIT_ISA_NAME. Read kernels.h first.
+// The kernels, compiled once per instruction set and dtype: CMake defines NORMKIT_ISA_NAME and NORMKIT_DTYPE_NAME. Read
+// kernels.h first. Elements of x, y, dy and dx are of type X, everything else is of type T = Compute<X>.
 //
 // Why the order of memory is as it is: along a row everything is contiguous, so a row is read front to back; down the
 // rows a chunk of a few vectors of lanes keeps its statistics and sums in registers while kRowsAtOnce rows go by.
@@ -13,10 +14,10 @@
 
 #include "simd.h"
 
-// `kernels_avx2_float32`, for NORMKIT_ISA_NAME = avx2.
+// `kernels_avx2_float32`, for NORMKIT_ISA_NAME = avx2, NORMKIT_DTYPE_NAME = float32.
 #define NORMKIT_JOIN(isa, dtype) kernels_##isa##_##dtype
 #define NORMKIT_EXPAND(isa, dtype) NORMKIT_JOIN(isa, dtype)
-#define NORMKIT_KERNELS(dtype) NORMKIT_EXPAND(NORMKIT_ISA_NAME, dtype)
+#define NORMKIT_TABLE NORMKIT_EXPAND(NORMKIT_ISA_NAME, NORMKIT_DTYPE_NAME)
 
 #define NK_INLINE_LAMBDA __attribute__((always_inline))
 
@@ -56,7 +57,7 @@ constexpr bool kLoose = false;
 //     dx = rstd * (w * dy - mean_g - (d - lo) * rstd * mean_g_xhat)     = (dy * a - d * rstd * e) + c
 //
 // with e = rstd * mean_g_xhat and c = lo * rstd * e - rstd * mean_g (d * rstd is of the size of 1, where rstd * e could
-// leave the range of T). The right-hand sides are what is computed, everywhere, so that all paths agree to the
+// leave the range of X). The right-hand sides are what is computed, everywhere, so that all paths agree to the
 // bit: what does not depend on x or dy is taken out of the loop. Nothing cancels, because d is already centred.
 template <class V>
 NK_INLINE V bias_term(V a, V lo, V b) {
@@ -76,7 +77,7 @@ NK_INLINE DxTerms<V> dx_terms(V lo, V rstd, V mean_g, V mean_g_xhat) {
 // ---------------------------------------------------------------------------------------------------- along the lanes
 
 // Walks `rows` runs of `lanes` elements in steps of B::kLanes; each run starts again at virtual lane 0. After B::kSteps
-// steps the block's short sums go over to its long ones, so that no chain of additions in T is longer than kDepth.
+// steps the block's short sums go over to its long ones, so that no chain of additions in X is longer than kDepth.
 template <class B>
 NK_INLINE void for_steps(index_t rows, index_t lanes, B& block) {
     index_t steps = 0;
@@ -104,208 +105,239 @@ NK_INLINE void for_steps(index_t rows, index_t lanes, B& block) {
     if (steps > 0) block.flush();
 }
 
-// Vector i of a step that has only `n` elements: whole, in part, or (n <= 0) not there.
-template <class T>
-NK_INLINE Vec<T> load_rest(const char* p, int n) {
-    return n >= kWidth<T> ? load<T>(p) : load_first<T>(p, n);
+template <class X>
+NK_INLINE index_t bytes(index_t elements) {
+    return elements * static_cast<index_t>(sizeof(X));
 }
+
+// Vector i of a step that has only `n` elements: whole, in part, or (n <= 0) not there.
+template <class X>
+NK_INLINE Vec<X> load_rest(const char* p, int n) {
+    return n >= kWidth<X> ? load<X>(p) : load_first<X>(p, n);
+}
+
+// Whether means are taken about an element of the set, the origin. Other data has a mean in double with digits to
+// spare; float64 data gets them here, because no element is further from the mean than sqrt(n) standard deviations.
+template <class X>
+constexpr bool kAboutOrigin = std::is_same_v<X, double>;
 
 // The sum of x in double: its mean is exact to the last bits of a double, as a mean that is multiplied by a large gamma
 // has to be (a sum of x - pilot in float was 1.8e-7 standard deviations off on stepped data).
-template <class T>
+template <class X>
 struct MeanBlock {
     static constexpr index_t kLanes = kStep;
     static constexpr index_t kSteps = kLeafSteps;
-    static constexpr int K = kLanes / kWidth<T>;
-    static constexpr int W = Widened<T>::kVectors;
+    static constexpr int K = kLanes / kWidth<X>;
+    static constexpr int W = Widened<Compute<X>>::kVectors;
     In x;
+    Vec<double> origin;
     const char* p = nullptr;
     Vec<double> sum[K * W] = {};
     double total = 0;
 
     NK_INLINE void row(index_t r) { p = x.at(r); }
-    NK_INLINE void add(int i, Widened<T> wide) {
+    NK_INLINE void add(int i, Widened<Compute<X>> wide) {
 #pragma GCC unroll 2
         for (int j = 0; j < W; ++j) sum[i * W + j] += wide.v[j];
     }
     NK_INLINE void full(index_t at) {
 #pragma GCC unroll 16
-        for (int i = 0; i < K; ++i) add(i, load_widened<T>(p + (at + i * kWidth<T>)*sizeof(T)));
+        for (int i = 0; i < K; ++i) {
+            if constexpr (kAboutOrigin<X>) {
+                sum[i] += load<X>(p + bytes<X>(at + i * kWidth<X>)) - origin;
+            } else {
+                add(i, load_widened<X>(p + bytes<X>(at + i * kWidth<X>)));
+            }
+        }
     }
     NK_INLINE void tail(index_t at, int n) {
 #pragma GCC unroll 16
-        for (int i = 0; i < K; ++i, n -= kWidth<T>) {
-            if (n > 0) add(i, widened<T>(load_rest<T>(p + (at + i * kWidth<T>)*sizeof(T), n)));
+        for (int i = 0; i < K; ++i, n -= kWidth<X>) {
+            if (n <= 0) continue;
+            const Vec<X> v = load_rest<X>(p + bytes<X>(at + i * kWidth<X>), n);
+            if constexpr (kAboutOrigin<X>) {
+                sum[i] += n >= kWidth<X> ? v - origin : keep_first<X>(v - origin, n);
+            } else {
+                add(i, widened<Compute<X>>(v));
+            }
         }
     }
     NK_INLINE void flush() { total += sum_by_halves<double, K * W>(sum); }
 };
 
 // The sum of (x - pilot)^2.
-template <class T>
+template <class X>
 struct SquaresBlock {
     static constexpr index_t kLanes = 2 * kStep;  // one sum has registers for more chains
     static constexpr index_t kSteps = kLoose ? 1 << 20 : kDepth / 2;
-    static constexpr int K = kLanes / kWidth<T>;
+    static constexpr int K = kLanes / kWidth<X>;
     In x;
-    Vec<T> pilot;
+    Vec<X> pilot;
     const char* p = nullptr;
-    Vec<T> sum[K] = {};
+    Vec<X> sum[K] = {};
     double total = 0;
 
     NK_INLINE void row(index_t r) { p = x.at(r); }
     NK_INLINE void full(index_t at) {
 #pragma GCC unroll 32
         for (int i = 0; i < K; ++i) {
-            const Vec<T> d = load<T>(p + (at + i * kWidth<T>)*sizeof(T)) - pilot;
+            const Vec<X> d = load<X>(p + bytes<X>(at + i * kWidth<X>)) - pilot;
             sum[i] += d * d;
         }
     }
     NK_INLINE void tail(index_t at, int n) {
 #pragma GCC unroll 32
-        for (int i = 0; i < K; ++i, n -= kWidth<T>) {
+        for (int i = 0; i < K; ++i, n -= kWidth<X>) {
             if (n <= 0) continue;
-            const Vec<T> d = load_rest<T>(p + (at + i * kWidth<T>)*sizeof(T), n) - pilot;
-            sum[i] += n >= kWidth<T> ? d * d : keep_first<T>(d * d, n);
+            const Vec<X> d = load_rest<X>(p + bytes<X>(at + i * kWidth<X>), n) - pilot;
+            sum[i] += n >= kWidth<X> ? d * d : keep_first<Compute<X>>(d * d, n);
         }
     }
     NK_INLINE void flush() {
-        total += sum_by_halves<T, K>(sum);
+        total += sum_by_halves<Compute<X>, K>(sum);
 #pragma GCC unroll 32
-        for (int i = 0; i < K; ++i) sum[i] = Vec<T>{};
+        for (int i = 0; i < K; ++i) sum[i] = Vec<X>{};
     }
 };
 
 // NORMKIT_LOOSE: sums of d and d^2 in one reading, about the first element.
-template <class T>
+template <class X>
 struct LooseBlock {
     static constexpr index_t kLanes = kStep;
     static constexpr index_t kSteps = 1 << 20;
-    static constexpr int K = kLanes / kWidth<T>;
+    static constexpr int K = kLanes / kWidth<X>;
     In x;
-    Vec<T> pilot;
+    Vec<X> pilot;
     const char* p = nullptr;
-    Vec<T> sum[K] = {}, squares[K] = {};
+    Vec<X> sum[K] = {}, squares[K] = {};
     double total = 0, total_squares = 0;
 
     NK_INLINE void row(index_t r) { p = x.at(r); }
-    NK_INLINE void add(int i, Vec<T> d) {
+    NK_INLINE void add(int i, Vec<X> d) {
         sum[i] += d;
         squares[i] += d * d;
     }
     NK_INLINE void full(index_t at) {
 #pragma GCC unroll 16
-        for (int i = 0; i < K; ++i) add(i, load<T>(p + (at + i * kWidth<T>)*sizeof(T)) - pilot);
+        for (int i = 0; i < K; ++i) add(i, load<X>(p + bytes<X>(at + i * kWidth<X>)) - pilot);
     }
     NK_INLINE void tail(index_t at, int n) {
 #pragma GCC unroll 16
-        for (int i = 0; i < K; ++i, n -= kWidth<T>) {
+        for (int i = 0; i < K; ++i, n -= kWidth<X>) {
             if (n <= 0) continue;
-            const Vec<T> d = load_rest<T>(p + (at + i * kWidth<T>)*sizeof(T), n) - pilot;
-            add(i, n >= kWidth<T> ? d : keep_first<T>(d, n));
+            const Vec<X> d = load_rest<X>(p + bytes<X>(at + i * kWidth<X>), n) - pilot;
+            add(i, n >= kWidth<X> ? d : keep_first<Compute<X>>(d, n));
         }
     }
     NK_INLINE void flush() {
-        total += sum_by_halves<T, K>(sum);
-        total_squares += sum_by_halves<T, K>(squares);
+        total += sum_by_halves<Compute<X>, K>(sum);
+        total_squares += sum_by_halves<Compute<X>, K>(squares);
     }
 };
 
-// M2 from squares about a pilot, `off` being the mean less the pilot. The pilot is the mean rounded to T, so nothing
+// M2 from squares about a pilot, `off` being the mean less the pilot. The pilot is the mean rounded to X, so nothing
 // that matters cancels; for a constant leaf it is exactly 0.
-NK_INLINE double m2_about_mean(double squares, double off, double count) {
-    const double m2 = squares - off * off * count;
-    return m2 < 0 ? 0 : m2;
+NK_INLINE double M2_about_mean(double squares, double off, double count) {
+    const double M2 = squares - off * off * count;
+    return M2 < 0 ? 0 : M2;
 }
 
-template <class T>
-NK_INLINE double leaf_mean(In x, index_t rows, index_t lanes) {
-    MeanBlock<T> sum{x, {}, {}, 0};
+template <class X>
+NK_INLINE double leaf_mean(In x, index_t rows, index_t lanes, double origin) {
+    MeanBlock<X> sum{x, splat<double>(origin), {}, {}, 0};
     for_steps(rows, lanes, sum);
     return sum.total / static_cast<double>(rows * lanes);
 }
 
-template <class T>
-NK_INLINE double leaf_squares(In x, index_t rows, index_t lanes, T pilot) {
-    SquaresBlock<T> squares{x, splat<T>(pilot), {}, {}, 0};
+template <class X>
+NK_INLINE double leaf_squares(In x, index_t rows, index_t lanes, Compute<X> pilot) {
+    SquaresBlock<X> squares{x, splat<X>(pilot), {}, {}, 0};
     for_steps(rows, lanes, squares);
     return squares.total;
 }
 
-template <class T>
+template <class X>
 NK_INLINE Moments loose_leaf(In x, index_t rows, index_t lanes) {
     const double count = static_cast<double>(rows * lanes);
-    const T pilot = value_at<T>(x.p);
-    LooseBlock<T> block{x, splat<T>(pilot), {}, {}, {}, 0, 0};
+    const Compute<X> pilot = load_first<X>(x.p, 1)[0];
+    LooseBlock<X> block{x, splat<X>(pilot), {}, {}, {}, 0, 0};
     for_steps(rows, lanes, block);
     const double off = block.total / count;
-    return {count, pilot + off, m2_about_mean(block.total_squares, off, count)};
+    return {count, pilot + off, M2_about_mean(block.total_squares, off, count)};
 }
 
-template <class T>
-void moments_along(In x, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center, Moments* out) {
+template <class X>
+void moments_along(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
+                   Moments* out) {
+    using T = Compute<X>;
     const double count = static_cast<double>(rows * lanes);
     if (!center || kLoose) {
         for (index_t i = 0; i < leaves; ++i, x.p += leaf) {
-            out[i] = center ? loose_leaf<T>(x, rows, lanes) : Moments{count, 0, leaf_squares<T>(x, rows, lanes, 0)};
+            out[i] = center ? loose_leaf<X>(x, rows, lanes) : Moments{count, 0, leaf_squares<X>(x, rows, lanes, 0)};
         }
         return;
     }
+    const auto origin_of = [&](index_t i) NK_INLINE_LAMBDA {
+        if constexpr (kAboutOrigin<X>) return value_at<T>(origin.at(i));
+        return T{0};
+    };
     // The mean of the next leaf before the squares of this one: what is left of a sum at its end, folding and a
     // division, is latency, and hides behind other work.
-    double next = leaf_mean<T>(x, rows, lanes);
+    double next = leaf_mean<X>(x, rows, lanes, origin_of(0));
     for (index_t i = 0; i < leaves; ++i, x.p += leaf) {
         const double mean = next;
-        if (i + 1 < leaves) next = leaf_mean<T>(In{x.p + leaf, x.row}, rows, lanes);
-        const T pilot = static_cast<T>(mean);
-        const double squares = leaf_squares<T>(x, rows, lanes, pilot);
-        out[i] = {count, mean, m2_about_mean(squares, mean - static_cast<double>(pilot), count)};
+        if (i + 1 < leaves) next = leaf_mean<X>(In{x.p + leaf, x.row}, rows, lanes, origin_of(i + 1));
+        const T from = origin_of(i), pilot = static_cast<T>(from + mean);
+        const double squares = leaf_squares<X>(x, rows, lanes, pilot);
+        out[i] = {count, mean, M2_about_mean(squares, mean - static_cast<double>(pilot - from), count)};
     }
 }
 
 // Sums of g and of g * (x - hi): what makes of the second the sum of g * xhat is the same for the whole set.
-template <class T, bool WLane>
+template <class X, bool WLane>
 struct SumsBlock {
+    using T = Compute<X>;
     static constexpr index_t kLanes = kStep;
     static constexpr index_t kSteps = kLoose ? 1 << 20 : kDepth;
-    static constexpr int K = kLanes / kWidth<T>;
+    static constexpr int K = kLanes / kWidth<X>;
     In dy, x, w;
-    Vec<T> hi, w_row;
+    Vec<X> hi, w_row;
     const char *p_dy = nullptr, *p_x = nullptr, *p_w = nullptr;
-    Vec<T> sum[K] = {}, sum_d[K] = {};
+    Vec<X> sum[K] = {}, sum_d[K] = {};
     double total = 0, total_d = 0;
 
     NK_INLINE void row(index_t r) {
         p_dy = dy.at(r);
         p_x = x.at(r);
         p_w = w.at(r);
-        if constexpr (!WLane) w_row = splat<T>(value_at<T>(p_w));
+        if constexpr (!WLane) w_row = splat<X>(value_at<T>(p_w));
     }
     NK_INLINE void full(index_t at) {
 #pragma GCC unroll 16
         for (int i = 0; i < K; ++i) {
-            const index_t o = (at + i * kWidth<T>)*sizeof(T);
-            const Vec<T> g = load<T>(p_dy + o) * (WLane ? load<T>(p_w + o) : w_row);
+            const index_t lane = at + i * kWidth<X>;
+            const Vec<X> g = load<X>(p_dy + bytes<X>(lane)) * (WLane ? load<T>(p_w + bytes<T>(lane)) : w_row);
             sum[i] += g;
-            sum_d[i] += g * (load<T>(p_x + o) - hi);
+            sum_d[i] += g * (load<X>(p_x + bytes<X>(lane)) - hi);
         }
     }
     NK_INLINE void tail(index_t at, int n) {
 #pragma GCC unroll 16
-        for (int i = 0; i < K; ++i, n -= kWidth<T>) {
+        for (int i = 0; i < K; ++i, n -= kWidth<X>) {
             if (n <= 0) continue;
-            const index_t o = (at + i * kWidth<T>)*sizeof(T);
-            const Vec<T> g = load_rest<T>(p_dy + o, n) * (WLane ? load_rest<T>(p_w + o, n) : w_row);
-            const Vec<T> g_d = g * (load_rest<T>(p_x + o, n) - hi);
-            sum[i] += n >= kWidth<T> ? g : keep_first<T>(g, n);
-            sum_d[i] += n >= kWidth<T> ? g_d : keep_first<T>(g_d, n);
+            const index_t lane = at + i * kWidth<X>;
+            const Vec<X> g =
+                load_rest<X>(p_dy + bytes<X>(lane), n) * (WLane ? load_rest<T>(p_w + bytes<T>(lane), n) : w_row);
+            const Vec<X> g_d = g * (load_rest<X>(p_x + bytes<X>(lane), n) - hi);
+            sum[i] += n >= kWidth<X> ? g : keep_first<T>(g, n);
+            sum_d[i] += n >= kWidth<X> ? g_d : keep_first<T>(g_d, n);
         }
     }
     NK_INLINE void flush() {
-        total += sum_by_halves<T, K>(sum);
-        total_d += sum_by_halves<T, K>(sum_d);
+        total += sum_by_halves<Compute<X>, K>(sum);
+        total_d += sum_by_halves<Compute<X>, K>(sum_d);
 #pragma GCC unroll 16
-        for (int i = 0; i < K; ++i) sum[i] = sum_d[i] = Vec<T>{};
+        for (int i = 0; i < K; ++i) sum[i] = sum_d[i] = Vec<X>{};
     }
 };
 
@@ -315,83 +347,85 @@ NK_INLINE double xhat_sum(double g, double g_d, T lo, T rstd) {
     return (kLoose ? g_d : g_d - static_cast<double>(lo) * g) * static_cast<double>(rstd);
 }
 
-template <class T, bool WLane>
-void sums_along(In dy, In x, In w, Statistics<T> s, index_t rows, index_t lanes, index_t leaf_dy, index_t leaf_x,
-                index_t leaves, Sums* out) {
+template <class X, bool WLane>
+void sums_along(In dy, In x, In w, Statistics<Compute<X>> s, index_t rows, index_t lanes, index_t leaf_dy,
+                index_t leaf_x, index_t leaves, Sums* out) {
     for (index_t i = 0; i < leaves; ++i, dy.p += leaf_dy, x.p += leaf_x) {
         const index_t k = i * s.row;
-        SumsBlock<T, WLane> block{dy, x, w, splat<T>(s.hi[k]), {}, {}, {}, {}, {}, {}, 0, 0};
+        SumsBlock<X, WLane> block{dy, x, w, splat<X>(s.hi[k]), {}, {}, {}, {}, {}, {}, 0, 0};
         for_steps(rows, lanes, block);
-        out[i] = {block.total, xhat_sum<T>(block.total, block.total_d, s.lo[k], s.rstd[k])};
+        out[i] = {block.total, xhat_sum<Compute<X>>(block.total, block.total_d, s.lo[k], s.rstd[k])};
     }
 }
 
-// Applies f to every vector of a row of `lanes` elements: f(offset in bytes, n), n < kWidth<T> for the last,
+// Applies f to every vector of a row of `lanes` elements: f(first lane, n), n < kWidth<X> for the last,
 // part-filled one. Where the stores are to be non-temporal, p is brought to a vector boundary first.
-template <class T, class F>
+template <class X, class F>
 NK_INLINE void for_vectors(index_t lanes, const char* aligned_for, F f) {
     index_t at = 0;
     if (aligned_for) {
-        const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(aligned_for) % kVectorBytes);
+        const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(aligned_for) % kMemoryBytes<X>);
         if (past) {
-            index_t head = (kVectorBytes - past) / static_cast<index_t>(sizeof(T));
+            index_t head = (kMemoryBytes<X> - past) / static_cast<index_t>(sizeof(X));
             if (head > lanes) head = lanes;
             if (head > 0) f(0, static_cast<int>(head));
             at = head;
         }
     }
-    for (; lanes - at >= kWidth<T>; at += kWidth<T>) f(at * static_cast<index_t>(sizeof(T)), kWidth<T>);
-    if (at < lanes) f(at * static_cast<index_t>(sizeof(T)), static_cast<int>(lanes - at));
+    for (; lanes - at >= kWidth<X>; at += kWidth<X>) f(at, kWidth<X>);
+    if (at < lanes) f(at, static_cast<int>(lanes - at));
 }
 
 // Non-temporal stores need elements that can reach a vector boundary at all.
-template <class T>
+template <class X>
 NK_INLINE bool can_stream(Out y) {
-    return reinterpret_cast<std::uintptr_t>(y.p) % sizeof(T) == 0 && y.row % sizeof(T) == 0;
+    return reinterpret_cast<std::uintptr_t>(y.p) % sizeof(X) == 0 && y.row % sizeof(X) == 0;
 }
 
-template <class T, bool Stream>
-NK_INLINE void put(char* p, Vec<T> v, int n) {
-    if (n < kWidth<T>) {
-        store_first<T>(p, v, n);
+template <class X, bool Stream>
+NK_INLINE void put(char* p, Vec<X> v, int n) {
+    if (n < kWidth<X>) {
+        store_first<X>(p, v, n);
     } else if constexpr (Stream) {
-        stream<T>(p, v);
+        stream<X>(p, v);
     } else {
-        store<T>(p, v);
+        store<X>(p, v);
     }
 }
 
 // R rows at once: with w and b one a lane they share the loads of those, which else are half of all.
-template <class T, bool WLane, bool Stream, bool Centred, int R>
-NK_INLINE void apply_rows(In x, Out y, In w, In b, Statistics<T> s, index_t r, index_t lanes) {
-    Vec<T> hi[R], lo[R], rstd[R], a[R], c[R];
+template <class X, bool WLane, bool Stream, bool Centred, int R>
+NK_INLINE void apply_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t r, index_t lanes) {
+    using T = Compute<X>;
+    Vec<X> hi[R], lo[R], rstd[R], a[R], c[R];
 #pragma GCC unroll 4
     for (int j = 0; j < R; ++j) {
         const index_t k = (r + j) * s.row;
-        hi[j] = splat<T>(s.hi[k]);
-        lo[j] = splat<T>(s.lo[k]);
-        rstd[j] = splat<T>(s.rstd[k]);
+        hi[j] = splat<X>(s.hi[k]);
+        lo[j] = splat<X>(s.lo[k]);
+        rstd[j] = splat<X>(s.rstd[k]);
         if constexpr (!WLane) {
             const T a_row = s.rstd[k] * value_at<T>(w.at(r + j));
-            a[j] = splat<T>(a_row);
-            c[j] = splat<T>(bias_term<T>(a_row, s.lo[k], value_at<T>(b.at(r + j))));
+            a[j] = splat<X>(a_row);
+            c[j] = splat<X>(bias_term<T>(a_row, s.lo[k], value_at<T>(b.at(r + j))));
         }
     }
     const char *px = x.at(r), *pw = w.at(r), *pb = b.at(r);
     char* py = y.at(r);
-    for_vectors<T>(lanes, Stream ? py : nullptr, [&](index_t o, int n) NK_INLINE_LAMBDA {
-        Vec<T> wv = {}, bv = {};
+    for_vectors<X>(lanes, Stream ? py : nullptr, [&](index_t lane, int n) NK_INLINE_LAMBDA {
+        const index_t o = bytes<X>(lane);
+        Vec<X> wv = {}, bv = {};
         if constexpr (WLane) {
-            wv = load_rest<T>(pw + o, n);
-            bv = load_rest<T>(pb + o, n);
+            wv = load_rest<T>(pw + bytes<T>(lane), n);
+            bv = load_rest<T>(pb + bytes<T>(lane), n);
         }
 #pragma GCC unroll 4
         for (int j = 0; j < R; ++j) {
-            const Vec<T> xv = load_rest<T>(px + j * x.row + o, n);
-            const Vec<T> d = Centred ? xv - hi[j] : xv;
-            const Vec<T> av = WLane ? rstd[j] * wv : a[j];
-            const Vec<T> cv = !WLane ? c[j] : Centred ? bias_term<Vec<T>>(av, lo[j], bv) : bv;
-            put<T, Stream>(py + j * y.row + o, d * av + cv, n);
+            const Vec<X> xv = load_rest<X>(px + j * x.row + o, n);
+            const Vec<X> d = Centred ? xv - hi[j] : xv;
+            const Vec<X> av = WLane ? rstd[j] * wv : a[j];
+            const Vec<X> cv = !WLane ? c[j] : Centred ? bias_term<Vec<X>>(av, lo[j], bv) : bv;
+            put<X, Stream>(py + j * y.row + o, d * av + cv, n);
         }
     });
 }
@@ -402,8 +436,8 @@ constexpr int kRowsTogether = 4;
 constexpr int kRowsTogether = 2;
 #endif
 
-template <class T, bool WLane, bool Stream>
-NK_INLINE void apply_along_rows(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes) {
+template <class X, bool WLane, bool Stream>
+NK_INLINE void apply_along_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     // Rms: without a mean there are two subtractions less.
     const auto centred = [&](index_t r) { return s.hi[r * s.row] != 0 || s.lo[r * s.row] != 0; };
     // Not past the caches: those stores want one stream.
@@ -415,71 +449,75 @@ NK_INLINE void apply_along_rows(In x, Out y, In w, In b, Statistics<T> s, index_
             (centred(r + j) ? none_centred : all_centred) = false;
         }
         if (all_centred) {
-            apply_rows<T, WLane, Stream, true, kRowsTogether>(x, y, w, b, s, r, lanes);
+            apply_rows<X, WLane, Stream, true, kRowsTogether>(x, y, w, b, s, r, lanes);
             r += kRowsTogether;
         } else if (none_centred) {
-            apply_rows<T, WLane, Stream, false, kRowsTogether>(x, y, w, b, s, r, lanes);
+            apply_rows<X, WLane, Stream, false, kRowsTogether>(x, y, w, b, s, r, lanes);
             r += kRowsTogether;
         } else if (centred(r)) {
-            apply_rows<T, WLane, Stream, true, 1>(x, y, w, b, s, r++, lanes);
+            apply_rows<X, WLane, Stream, true, 1>(x, y, w, b, s, r++, lanes);
         } else {
-            apply_rows<T, WLane, Stream, false, 1>(x, y, w, b, s, r++, lanes);
+            apply_rows<X, WLane, Stream, false, 1>(x, y, w, b, s, r++, lanes);
         }
     }
 }
 
-template <class T, bool WLane>
-void apply_along(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes, bool stream) {
-    if (stream && can_stream<T>(y)) {
-        apply_along_rows<T, WLane, true>(x, y, w, b, s, rows, lanes);
+template <class X, bool WLane>
+void apply_along(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes, bool stream) {
+    if (stream && can_stream<X>(y)) {
+        apply_along_rows<X, WLane, true>(x, y, w, b, s, rows, lanes);
     } else {
-        apply_along_rows<T, WLane, false>(x, y, w, b, s, rows, lanes);
+        apply_along_rows<X, WLane, false>(x, y, w, b, s, rows, lanes);
     }
 }
 
-template <class T, bool WLane, bool Stream>
-NK_INLINE void dx_along_rows(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes) {
+template <class X, bool WLane, bool Stream>
+NK_INLINE void dx_along_rows(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
+    using T = Compute<X>;
     for (index_t r = 0; r < rows; ++r) {
         const char *pdy = dy.at(r), *px = x.at(r), *pw = w.at(r);
         char* pdx = dx.at(r);
         const index_t i = r * s.row;
         const DxTerms<T> terms = dx_terms<T>(s.lo[i], s.rstd[i], s.mean_g[i], s.mean_g_xhat[i]);
-        const Vec<T> hi = splat<T>(s.hi[i]), rstd = splat<T>(s.rstd[i]), e = splat<T>(terms.e), c = splat<T>(terms.c);
-        Vec<T> a = {};
-        if constexpr (!WLane) a = splat<T>(s.rstd[i] * value_at<T>(pw));
-        for_vectors<T>(lanes, Stream ? pdx : nullptr, [=](index_t o, int n) NK_INLINE_LAMBDA {
-            const Vec<T> d = load_rest<T>(px + o, n) - hi;
-            const Vec<T> av = WLane ? rstd * load_rest<T>(pw + o, n) : a;
-            put<T, Stream>(pdx + o, (load_rest<T>(pdy + o, n) * av - (d * rstd) * e) + c, n);
+        const Vec<X> hi = splat<X>(s.hi[i]), rstd = splat<X>(s.rstd[i]), e = splat<X>(terms.e), c = splat<X>(terms.c);
+        Vec<X> a = {};
+        if constexpr (!WLane) a = splat<X>(s.rstd[i] * value_at<T>(pw));
+        for_vectors<X>(lanes, Stream ? pdx : nullptr, [=](index_t lane, int n) NK_INLINE_LAMBDA {
+            const index_t o = bytes<X>(lane);
+            const Vec<X> d = load_rest<X>(px + o, n) - hi;
+            const Vec<X> av = WLane ? rstd * load_rest<T>(pw + bytes<T>(lane), n) : a;
+            put<X, Stream>(pdx + o, (load_rest<X>(pdy + o, n) * av - (d * rstd) * e) + c, n);
         });
     }
 }
 
-template <class T, bool WLane>
-void dx_along(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, bool stream) {
-    if (stream && can_stream<T>(dx)) {
-        dx_along_rows<T, WLane, true>(dy, x, w, dx, s, rows, lanes);
+template <class X, bool WLane>
+void dx_along(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes, bool stream) {
+    if (stream && can_stream<X>(dx)) {
+        dx_along_rows<X, WLane, true>(dy, x, w, dx, s, rows, lanes);
     } else {
-        dx_along_rows<T, WLane, false>(dy, x, w, dx, s, rows, lanes);
+        dx_along_rows<X, WLane, false>(dy, x, w, dx, s, rows, lanes);
     }
 }
 
-template <class T, bool Stream>
+template <class X, bool Stream>
 NK_INLINE void copy_rows(In x, Out y, index_t rows, index_t lanes) {
     for (index_t r = 0; r < rows; ++r) {
         const char* px = x.at(r);
         char* py = y.at(r);
-        for_vectors<T>(lanes, Stream ? py : nullptr,
-                       [=](index_t o, int n) NK_INLINE_LAMBDA { put<T, Stream>(py + o, load_rest<T>(px + o, n), n); });
+        for_vectors<X>(lanes, Stream ? py : nullptr, [=](index_t lane, int n) NK_INLINE_LAMBDA {
+            const index_t o = bytes<X>(lane);
+            put<X, Stream>(py + o, load_rest<X>(px + o, n), n);
+        });
     }
 }
 
-template <class T>
+template <class X>
 void copy(In x, Out y, index_t rows, index_t lanes, bool stream) {
-    if (stream && can_stream<T>(y)) {
-        copy_rows<T, true>(x, y, rows, lanes);
+    if (stream && can_stream<X>(y)) {
+        copy_rows<X, true>(x, y, rows, lanes);
     } else {
-        copy_rows<T, false>(x, y, rows, lanes);
+        copy_rows<X, false>(x, y, rows, lanes);
     }
 }
 
@@ -499,9 +537,9 @@ constexpr index_t kRowsAtOnce = 8;
 
 // Calls f(first lane, vectors in the chunk as a constant, elements in its last vector). The first `head` lanes, fewer
 // than a vector, go by themselves.
-template <class T, class F>
+template <class X, class F>
 NK_INLINE void for_chunks(index_t lanes, F f, index_t head = 0) {
-    constexpr index_t width = kWidth<T>;
+    constexpr index_t width = kWidth<X>;
     index_t at = head < lanes ? head : lanes;
     if (at > 0) f(index_t{0}, std::integral_constant<int, 1>{}, static_cast<int>(at));
     for (; lanes - at >= kChunk * width; at += kChunk * width) {
@@ -512,37 +550,50 @@ NK_INLINE void for_chunks(index_t lanes, F f, index_t head = 0) {
 }
 
 // Vector i of a chunk of V vectors; only the last may be part-filled.
-template <class T, int V>
-NK_INLINE Vec<T> load_chunk(const char* p, int i, int n) {
-    p += i * kVectorBytes;
-    return V > 1 ? load<T>(p) : load_rest<T>(p, n);
+template <class X, int V>
+NK_INLINE Vec<X> load_chunk(const char* p, int i, int n) {
+    p += i * kMemoryBytes<X>;
+    return V > 1 ? load<X>(p) : load_rest<X>(p, n);
 }
 
-template <class T, int V>
-NK_INLINE void unload_chunk(T* out, const Vec<T> (&v)[V]) {
+// One entry a lane of the statistics.
+template <class X, int V>
+NK_INLINE void load_lanes(Vec<X> (&v)[V], const Compute<X>* p, int n) {
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) v[i] = load_chunk<Compute<X>, V>(reinterpret_cast<const char*>(p), i, n);
+}
+
+template <class X, int V>
+NK_INLINE void unload_chunk(Compute<X>* out, const Vec<X> (&v)[V]) {
     __builtin_memcpy(out, &v[0], sizeof v);
 }
 
-// One leaf of `rows` <= kLeafRows rows, V vectors of lanes: the mean in double, the squares about it in T (two chains),
+// One leaf of `rows` <= kLeafRows rows, V vectors of lanes: the mean in double, the squares about it in X (two chains),
 // merged in double. As in leaf_along.
-template <class T, bool Center, int V>
-NK_INLINE void leaf_down(In x, index_t rows, int n, double seen, double* mean, double* m2) {
+template <class X, bool Center, int V>
+NK_INLINE void leaf_down(In x, const Compute<X>* origin, index_t rows, int n, double seen, double* mean, double* M2) {
+    using T = Compute<X>;
     constexpr int W = Widened<T>::kVectors;
-    constexpr int kLanes = V * kWidth<T>;
+    constexpr int kLanes = V * kWidth<X>;
     const double count = static_cast<double>(rows);
     const int lanes = V > 1 ? kLanes : n;
     double means[kLanes];
     T pilots[kLanes];
-    Vec<T> pilot[V] = {};
+    Vec<X> pilot[V] = {}, from[V] = {};
+    if constexpr (kAboutOrigin<X> && Center) load_lanes<X, V>(from, origin, n);
     if constexpr (Center && !kLoose) {
         Vec<double> sum[V * W] = {};
         for (index_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
             for (int i = 0; i < V; ++i) {
-                const Widened<T> wide =
-                    V > 1 ? load_widened<T>(x.at(r) + i * kVectorBytes) : widened<T>(load_chunk<T, V>(x.at(r), i, n));
+                if constexpr (kAboutOrigin<X>) {
+                    sum[i] += load_chunk<X, V>(x.at(r), i, n) - from[i];
+                } else {
+                    const Widened<T> wide = V > 1 ? load_widened<X>(x.at(r) + i * kMemoryBytes<X>)
+                                                  : widened<T>(load_chunk<X, V>(x.at(r), i, n));
 #pragma GCC unroll 2
-                for (int j = 0; j < W; ++j) sum[i * W + j] += wide.v[j];
+                    for (int j = 0; j < W; ++j) sum[i * W + j] += wide.v[j];
+                }
             }
         }
 #pragma GCC unroll 8
@@ -553,18 +604,28 @@ NK_INLINE void leaf_down(In x, index_t rows, int n, double seen, double* mean, d
         __builtin_memcpy(means, &sum[0], sizeof means);
         for (int i = 0; i < kLanes; ++i) pilots[i] = static_cast<T>(means[i]);
         __builtin_memcpy(&pilot[0], pilots, sizeof pilot);
+        if constexpr (kAboutOrigin<X>) {
+            // x is compared with the pilot about zero, the mean with what that is about the origin.
+            Vec<X> rounded[V];
+#pragma GCC unroll 4
+            for (int i = 0; i < V; ++i) {
+                pilot[i] = pilot[i] + from[i];
+                rounded[i] = pilot[i] - from[i];
+            }
+            unload_chunk<X, V>(pilots, rounded);
+        }
     }
-    Vec<T> squares[2][V] = {}, loose_sum[V] = {};
+    Vec<X> squares[2][V] = {}, loose_sum[V] = {};
     if constexpr (Center && kLoose) {
 #pragma GCC unroll 4
-        for (int i = 0; i < V; ++i) pilot[i] = load_chunk<T, V>(x.p, i, n);
+        for (int i = 0; i < V; ++i) pilot[i] = load_chunk<X, V>(x.p, i, n);
     }
     index_t r = 0;
     for (; r + 1 < rows; r += 2) {
 #pragma GCC unroll 4
         for (int i = 0; i < V; ++i) {
-            const Vec<T> even = load_chunk<T, V>(x.at(r), i, n) - pilot[i];
-            const Vec<T> odd = load_chunk<T, V>(x.at(r + 1), i, n) - pilot[i];
+            const Vec<X> even = load_chunk<X, V>(x.at(r), i, n) - pilot[i];
+            const Vec<X> odd = load_chunk<X, V>(x.at(r + 1), i, n) - pilot[i];
             squares[0][i] += even * even;
             squares[1][i] += odd * odd;
             if constexpr (kLoose) loose_sum[i] += even + odd;
@@ -574,21 +635,21 @@ NK_INLINE void leaf_down(In x, index_t rows, int n, double seen, double* mean, d
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) {
         if (r < rows) {
-            const Vec<T> even = load_chunk<T, V>(x.at(r), i, n) - pilot[i];
+            const Vec<X> even = load_chunk<X, V>(x.at(r), i, n) - pilot[i];
             squares[0][i] += even * even;
             if constexpr (kLoose) loose_sum[i] += even;
         }
         squares[0][i] += squares[1][i];
     }
-    unload_chunk<T, V>(all_squares, squares[0]);
+    unload_chunk<X, V>(all_squares, squares[0]);
     if constexpr (!Center) {
-        for (int i = 0; i < lanes; ++i) m2[i] += static_cast<double>(all_squares[i]);
+        for (int i = 0; i < lanes; ++i) M2[i] += static_cast<double>(all_squares[i]);
         return;
     }
     if constexpr (kLoose) {
         T sums[kLanes];
-        unload_chunk<T, V>(sums, loose_sum);
-        unload_chunk<T, V>(pilots, pilot);
+        unload_chunk<X, V>(sums, loose_sum);
+        unload_chunk<X, V>(pilots, pilot);
         for (int i = 0; i < kLanes; ++i)
             means[i] = static_cast<double>(pilots[i]) + static_cast<double>(sums[i]) / count;
     }
@@ -599,49 +660,46 @@ NK_INLINE void leaf_down(In x, index_t rows, int n, double seen, double* mean, d
         const double off = means[i] - static_cast<double>(pilots[i]);
         const double delta = means[i] - mean[i];
         mean[i] += delta * share;
-        m2[i] += m2_about_mean(static_cast<double>(all_squares[i]), off, count) + delta * delta * weight;
+        M2[i] += M2_about_mean(static_cast<double>(all_squares[i]), off, count) + delta * delta * weight;
     }
 }
 
-template <class T>
-void moments_down(In x, index_t rows, index_t lanes, index_t seen, bool center, double* mean, double* m2) {
+template <class X>
+void moments_down(In x, const Compute<X>* origin, index_t rows, index_t lanes, index_t seen, bool center, double* mean,
+                  double* M2) {
     for (index_t r = 0; r < rows; r += kLeafRows) {
         const index_t n_rows = rows - r < kLeafRows ? rows - r : kLeafRows;
         const double before = static_cast<double>(seen + r);
-        for_chunks<T>(lanes, [=](index_t lane, auto v, int n) NK_INLINE_LAMBDA {
-            const In at{x.at(r) + lane * static_cast<index_t>(sizeof(T)), x.row};
+        for_chunks<X>(lanes, [=](index_t lane, auto v, int n) NK_INLINE_LAMBDA {
+            const In at{x.at(r) + bytes<X>(lane), x.row};
+            const Compute<X>* from = kAboutOrigin<X> ? origin + lane : nullptr;
             if (center) {
-                leaf_down<T, true, v>(at, n_rows, n, before, mean + lane, m2 + lane);
+                leaf_down<X, true, v>(at, from, n_rows, n, before, mean + lane, M2 + lane);
             } else {
-                leaf_down<T, false, v>(at, n_rows, n, before, mean + lane, m2 + lane);
+                leaf_down<X, false, v>(at, from, n_rows, n, before, mean + lane, M2 + lane);
             }
         });
     }
 }
 
-template <class T, int V>
-NK_INLINE void load_lanes(Vec<T> (&v)[V], const T* p, int n) {
-#pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) v[i] = load_chunk<T, V>(reinterpret_cast<const char*>(p), i, n);
-}
-
 // w (or b) of row r: one value for all lanes, or one a lane.
-template <class T, bool WLane, int V>
-NK_INLINE Vec<T> load_parameter(In w, index_t r, int i, int n) {
+template <class X, bool WLane, int V>
+NK_INLINE Vec<X> load_parameter(In w, index_t r, int i, int n) {
+    using T = Compute<X>;
     return WLane ? load_chunk<T, V>(w.at(r), i, n) : splat<T>(value_at<T>(w.at(r)));
 }
 
-template <class T, bool WLane, bool Stream, int V>
-NK_INLINE void apply_down_chunk(In x, Out y, In w, In b, Statistics<T> s, index_t rows, int n) {
-    Vec<T> hi[V], lo[V], rstd[V], a[V], c[V];
-    load_lanes<T, V>(hi, s.hi, n);
-    load_lanes<T, V>(lo, s.lo, n);
-    load_lanes<T, V>(rstd, s.rstd, n);
+template <class X, bool WLane, bool Stream, int V>
+NK_INLINE void apply_down_chunk(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, int n) {
+    Vec<X> hi[V], lo[V], rstd[V], a[V], c[V];
+    load_lanes<X, V>(hi, s.hi, n);
+    load_lanes<X, V>(lo, s.lo, n);
+    load_lanes<X, V>(rstd, s.rstd, n);
     const auto load_row_parameters = [&](index_t r) NK_INLINE_LAMBDA {
 #pragma GCC unroll 4
         for (int i = 0; i < V; ++i) {
-            a[i] = rstd[i] * load_parameter<T, WLane, V>(w, r, i, n);
-            c[i] = bias_term<Vec<T>>(a[i], lo[i], load_parameter<T, WLane, V>(b, r, i, n));
+            a[i] = rstd[i] * load_parameter<X, WLane, V>(w, r, i, n);
+            c[i] = bias_term<Vec<X>>(a[i], lo[i], load_parameter<X, WLane, V>(b, r, i, n));
         }
     };
     load_row_parameters(0);
@@ -649,7 +707,7 @@ NK_INLINE void apply_down_chunk(In x, Out y, In w, In b, Statistics<T> s, index_
         if (r > 0 && (w.row != 0 || b.row != 0)) load_row_parameters(r);
 #pragma GCC unroll 4
         for (int i = 0; i < V; ++i) {
-            put<T, Stream>(y.at(r) + i * kVectorBytes, (load_chunk<T, V>(x.at(r), i, n) - hi[i]) * a[i] + c[i], n);
+            put<X, Stream>(y.at(r) + i * kMemoryBytes<X>, (load_chunk<X, V>(x.at(r), i, n) - hi[i]) * a[i] + c[i], n);
         }
     }
 }
@@ -666,61 +724,60 @@ NK_INLINE Statistics<T> shifted(Statistics<T> s, index_t by) {
 }
 
 // Non-temporal stores down the rows need all rows to reach a vector boundary after the same number of lanes.
-template <class T>
+template <class X>
 NK_INLINE bool can_stream_down(Out y) {
-    return can_stream<T>(y) && y.row % kVectorBytes == 0;
+    return can_stream<X>(y) && y.row % kMemoryBytes<X> == 0;
 }
 
 // Lanes before the first vector boundary.
-template <class T>
+template <class X>
 NK_INLINE index_t head_of(Out y) {
-    const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p) % kVectorBytes);
-    return past == 0 ? 0 : (kVectorBytes - past) / static_cast<index_t>(sizeof(T));
+    const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p) % kMemoryBytes<X>);
+    return past == 0 ? 0 : (kMemoryBytes<X> - past) / static_cast<index_t>(sizeof(X));
 }
 
-template <class T, bool WLane, bool Stream>
-NK_INLINE void apply_down_rows(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes) {
+template <class X, bool WLane, bool Stream>
+NK_INLINE void apply_down_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     for (index_t r = 0; r < rows; r += kRowsAtOnce) {
         const index_t n_rows = rows - r < kRowsAtOnce ? rows - r : kRowsAtOnce;
-        for_chunks<T>(
+        for_chunks<X>(
             lanes,
             [=](index_t lane, auto v, int n) NK_INLINE_LAMBDA {
-                const index_t o = lane * static_cast<index_t>(sizeof(T));
-                const index_t ow = WLane ? o : 0;
-                apply_down_chunk<T, WLane, Stream, v>(shifted(x, r, o), shifted(y, r, o), shifted(w, r, ow),
+                const index_t o = bytes<X>(lane), ow = WLane ? bytes<Compute<X>>(lane) : 0;
+                apply_down_chunk<X, WLane, Stream, v>(shifted(x, r, o), shifted(y, r, o), shifted(w, r, ow),
                                                       shifted(b, r, ow), shifted(s, lane), n_rows, n);
             },
-            Stream ? head_of<T>(y) : 0);
+            Stream ? head_of<X>(y) : 0);
     }
 }
 
-template <class T, bool WLane>
-void apply_down(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes, bool stream) {
-    if (stream && can_stream_down<T>(y)) {
-        apply_down_rows<T, WLane, true>(x, y, w, b, s, rows, lanes);
+template <class X, bool WLane>
+void apply_down(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes, bool stream) {
+    if (stream && can_stream_down<X>(y)) {
+        apply_down_rows<X, WLane, true>(x, y, w, b, s, rows, lanes);
     } else {
-        apply_down_rows<T, WLane, false>(x, y, w, b, s, rows, lanes);
+        apply_down_rows<X, WLane, false>(x, y, w, b, s, rows, lanes);
     }
 }
 
-template <class T, bool SLane, bool WLane, bool Dx, bool Sum, bool Stream, int V>
-NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, int n, double* sum_g,
-                                   double* sum_g_xhat) {
-    Vec<T> hi[V] = {}, lo[V] = {}, rstd[V] = {}, a[V] = {}, e[V] = {}, c[V] = {}, wv[V];
-    Vec<T> sum[V] = {}, sum_xhat[V] = {};  // statistics one a lane: of g * (x - hi)
+template <class X, bool SLane, bool WLane, bool Dx, bool Sum, bool Stream, int V>
+NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, int n,
+                                   double* sum_g, double* sum_g_xhat) {
+    Vec<X> hi[V] = {}, lo[V] = {}, rstd[V] = {}, a[V] = {}, e[V] = {}, c[V] = {}, wv[V];
+    Vec<X> sum[V] = {}, sum_xhat[V] = {};  // statistics one a lane: of g * (x - hi)
 #pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) wv[i] = load_parameter<T, WLane, V>(w, 0, i, n);
+    for (int i = 0; i < V; ++i) wv[i] = load_parameter<X, WLane, V>(w, 0, i, n);
     if constexpr (SLane) {
-        load_lanes<T, V>(hi, s.hi, n);
-        load_lanes<T, V>(lo, s.lo, n);
-        load_lanes<T, V>(rstd, s.rstd, n);
+        load_lanes<X, V>(hi, s.hi, n);
+        load_lanes<X, V>(lo, s.lo, n);
+        load_lanes<X, V>(rstd, s.rstd, n);
         if constexpr (Dx) {
-            Vec<T> mean_g[V], mean_g_xhat[V];
-            load_lanes<T, V>(mean_g, s.mean_g, n);
-            load_lanes<T, V>(mean_g_xhat, s.mean_g_xhat, n);
+            Vec<X> mean_g[V], mean_g_xhat[V];
+            load_lanes<X, V>(mean_g, s.mean_g, n);
+            load_lanes<X, V>(mean_g_xhat, s.mean_g_xhat, n);
 #pragma GCC unroll 4
             for (int i = 0; i < V; ++i) {
-                const DxTerms<Vec<T>> terms = dx_terms<Vec<T>>(lo[i], rstd[i], mean_g[i], mean_g_xhat[i]);
+                const DxTerms<Vec<X>> terms = dx_terms<Vec<X>>(lo[i], rstd[i], mean_g[i], mean_g_xhat[i]);
                 e[i] = terms.e;
                 c[i] = terms.c;
             }
@@ -731,98 +788,98 @@ NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<T> s, i
     for (index_t r = 0; r < rows; ++r) {
         if constexpr (!SLane) {
             const index_t k = r * s.row;
-            DxTerms<T> terms = {};
-            if constexpr (Dx) terms = dx_terms<T>(s.lo[k], s.rstd[k], s.mean_g[k], s.mean_g_xhat[k]);
+            DxTerms<Compute<X>> terms = {};
+            if constexpr (Dx) terms = dx_terms<Compute<X>>(s.lo[k], s.rstd[k], s.mean_g[k], s.mean_g_xhat[k]);
 #pragma GCC unroll 4
             for (int i = 0; i < V; ++i) {
-                hi[i] = splat<T>(s.hi[k]);
-                lo[i] = splat<T>(s.lo[k]);
-                rstd[i] = splat<T>(s.rstd[k]);
-                e[i] = splat<T>(terms.e);
-                c[i] = splat<T>(terms.c);
+                hi[i] = splat<X>(s.hi[k]);
+                lo[i] = splat<X>(s.lo[k]);
+                rstd[i] = splat<X>(s.rstd[k]);
+                e[i] = splat<X>(terms.e);
+                c[i] = splat<X>(terms.c);
             }
         }
 #pragma GCC unroll 4
         for (int i = 0; i < V; ++i) {
-            if (r > 0 && w.row != 0) wv[i] = load_parameter<T, WLane, V>(w, r, i, n);
+            if (r > 0 && w.row != 0) wv[i] = load_parameter<X, WLane, V>(w, r, i, n);
             if (!SLane || (r > 0 && w.row != 0)) a[i] = rstd[i] * wv[i];
         }
 #pragma GCC unroll 4
         for (int i = 0; i < V; ++i) {
-            const Vec<T> dyv = load_chunk<T, V>(dy.at(r), i, n);
-            const Vec<T> d = load_chunk<T, V>(x.at(r), i, n) - hi[i];
+            const Vec<X> dyv = load_chunk<X, V>(dy.at(r), i, n);
+            const Vec<X> d = load_chunk<X, V>(x.at(r), i, n) - hi[i];
             if constexpr (Dx)
-                put<T, Stream>(dx.at(r) + i * kVectorBytes, (dyv * a[i] - (d * rstd[i]) * e[i]) + c[i], n);
+                put<X, Stream>(dx.at(r) + i * kMemoryBytes<X>, (dyv * a[i] - (d * rstd[i]) * e[i]) + c[i], n);
             if constexpr (Sum) {
-                const Vec<T> term = Dx ? dyv : dyv * wv[i];
+                const Vec<X> term = Dx ? dyv : dyv * wv[i];
                 sum[i] += term;
                 sum_xhat[i] += term * (SLane ? d : (kLoose ? d : d - lo[i]) * rstd[i]);
             }
         }
     }
     if constexpr (Sum) {
-        constexpr int kLanes = V * kWidth<T>;
-        T sums[kLanes], sums_xhat[kLanes];
-        unload_chunk<T, V>(sums, sum);
-        unload_chunk<T, V>(sums_xhat, sum_xhat);
+        constexpr int kLanes = V * kWidth<X>;
+        Compute<X> sums[kLanes], sums_xhat[kLanes];
+        unload_chunk<X, V>(sums, sum);
+        unload_chunk<X, V>(sums_xhat, sum_xhat);
         const int lanes = V > 1 ? kLanes : n;
         for (int i = 0; i < lanes; ++i) {
             const double g = static_cast<double>(sums[i]), g_xhat = static_cast<double>(sums_xhat[i]);
             sum_g[i] += g;
-            sum_g_xhat[i] += SLane ? xhat_sum<T>(g, g_xhat, s.lo[i], s.rstd[i]) : g_xhat;
+            sum_g_xhat[i] += SLane ? xhat_sum<Compute<X>>(g, g_xhat, s.lo[i], s.rstd[i]) : g_xhat;
         }
     }
 }
 
-template <class T, bool SLane, bool WLane, bool Dx, bool Sum, bool Stream>
-NK_INLINE void backward_down_rows(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes,
+template <class X, bool SLane, bool WLane, bool Dx, bool Sum, bool Stream>
+NK_INLINE void backward_down_rows(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes,
                                   double* sum_g, double* sum_g_xhat) {
     const index_t at_once = Sum ? rows : kRowsAtOnce;
     for (index_t r = 0; r < rows; r += at_once) {
         const index_t n_rows = rows - r < at_once ? rows - r : at_once;
-        for_chunks<T>(
+        for_chunks<X>(
             lanes,
             [=](index_t lane, auto v, int n) NK_INLINE_LAMBDA {
-                const index_t o = lane * static_cast<index_t>(sizeof(T));
-                backward_down_chunk<T, SLane, WLane, Dx, Sum, Stream, v>(
-                    shifted(dy, r, o), shifted(x, r, o), shifted(w, r, WLane ? o : 0), shifted(dx, r, o),
+                const index_t o = bytes<X>(lane), ow = WLane ? bytes<Compute<X>>(lane) : 0;
+                backward_down_chunk<X, SLane, WLane, Dx, Sum, Stream, v>(
+                    shifted(dy, r, o), shifted(x, r, o), shifted(w, r, ow), shifted(dx, r, o),
                     shifted(s, SLane ? lane : r * s.row), n_rows, n, sum_g + lane, sum_g_xhat + lane);
             },
-            Stream ? head_of<T>(dx) : 0);
+            Stream ? head_of<X>(dx) : 0);
     }
 }
 
-template <class T, bool SLane, bool WLane>
-void backward_down(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, double* sum_g,
+template <class X, bool SLane, bool WLane>
+void backward_down(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes, double* sum_g,
                    double* sum_g_xhat, bool stream) {
-    const bool streamed = stream && can_stream_down<T>(dx);
+    const bool streamed = stream && can_stream_down<X>(dx);
     if (!dx.p) {
-        backward_down_rows<T, SLane, WLane, false, true, false>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
+        backward_down_rows<X, SLane, WLane, false, true, false>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
     } else if (!sum_g) {
         if (streamed) {
-            backward_down_rows<T, SLane, WLane, true, false, true>(dy, x, w, dx, s, rows, lanes, nullptr, nullptr);
+            backward_down_rows<X, SLane, WLane, true, false, true>(dy, x, w, dx, s, rows, lanes, nullptr, nullptr);
         } else {
-            backward_down_rows<T, SLane, WLane, true, false, false>(dy, x, w, dx, s, rows, lanes, nullptr, nullptr);
+            backward_down_rows<X, SLane, WLane, true, false, false>(dy, x, w, dx, s, rows, lanes, nullptr, nullptr);
         }
     } else if (streamed) {
-        backward_down_rows<T, SLane, WLane, true, true, true>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
+        backward_down_rows<X, SLane, WLane, true, true, true>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
     } else {
-        backward_down_rows<T, SLane, WLane, true, true, false>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
+        backward_down_rows<X, SLane, WLane, true, true, false>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
     }
 }
 
-template <class T>
-constexpr Kernels<T> table() {
+template <class X>
+constexpr Kernels<X> table() {
     return {
-        moments_along<T>,
-        moments_down<T>,
-        {apply_along<T, false>, apply_along<T, true>},
-        {apply_down<T, false>, apply_down<T, true>},
-        {sums_along<T, false>, sums_along<T, true>},
-        {dx_along<T, false>, dx_along<T, true>},
-        {{backward_down<T, false, false>, backward_down<T, false, true>},
-         {backward_down<T, true, false>, backward_down<T, true, true>}},
-        copy<T>,
+        moments_along<X>,
+        moments_down<X>,
+        {apply_along<X, false>, apply_along<X, true>},
+        {apply_down<X, false>, apply_down<X, true>},
+        {sums_along<X, false>, sums_along<X, true>},
+        {dx_along<X, false>, dx_along<X, true>},
+        {{backward_down<X, false, false>, backward_down<X, false, true>},
+         {backward_down<X, true, false>, backward_down<X, true, true>}},
+        copy<X>,
     };
 }
 
@@ -830,7 +887,8 @@ constexpr Kernels<T> table() {
 
 namespace normkit::cpu {
 
-extern const Kernels<float> NORMKIT_KERNELS(float32);
-const Kernels<float> NORMKIT_KERNELS(float32) = table<float>();
+using Element = ElementOf<Dtype::NORMKIT_DTYPE_NAME>;
+extern const Kernels<Element> NORMKIT_TABLE;
+const Kernels<Element> NORMKIT_TABLE = table<Element>();
 
 }  // namespace normkit::cpu

@@ -1,5 +1,6 @@
 // The table of kernels: what one instruction set and one dtype offer to the walks. A kernel works on a tile, a
-// rectangle of rows x lanes whose lanes are contiguous in memory, and knows nothing of norms, axes or threads.
+// rectangle of rows x lanes whose lanes are contiguous in memory, and knows nothing of norms, axes or threads. x, y, dy
+// and dx are elements X; w, b and the statistics are of the type that X is computed in.
 //
 //   along   the lanes of a row belong to one set   (rows walk: sums run along the lanes)
 //   down    neighbouring lanes are different sets  (columns walk: sums run down the rows)
@@ -7,6 +8,7 @@
 // A call covers a tile of thousands of elements, so that going through a function pointer costs nothing.
 #pragma once
 
+#include "../dtype.h"
 #include "../plan.h"
 
 namespace normkit::cpu {
@@ -47,15 +49,21 @@ struct Statistics {
     index_t row = 0;
 };
 
-template <class T>
+template <class X>
 struct Kernels {
+    using T = Compute<X>;
+
     // Moments of `leaves` leaves, each `rows` runs of `lanes` contiguous elements; `leaf` bytes between leaves.
     // center = false: moments about zero. Preconditions: 1 <= rows * ceil(lanes / kStep) <= kLeafSteps.
-    void (*moments_along)(In x, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center, Moments* out);
+    // float64: the means are less the origin, an element of the set; origin.at(i) is where that of leaf i lies. Other
+    // dtypes don't look at it.
+    void (*moments_along)(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
+                          Moments* out);
 
     // Adds `rows` rows to the moments of each lane, which have seen `seen` rows so far. `rows` may be any number, but
-    // only the last call for a lane may bring one that is not a multiple of kLeafRows.
-    void (*moments_down)(In x, index_t rows, index_t lanes, index_t seen, bool center, double* mean, double* m2);
+    // only the last call for a lane may bring one that is not a multiple of kLeafRows. origin: as above, one a lane.
+    void (*moments_down)(In x, const T* origin, index_t rows, index_t lanes, index_t seen, bool center, double* mean,
+                         double* M2);
 
     // y = ((x - hi) - lo) * rstd * w + b. Index 0: w, b are one value a row; 1: one a lane.
     // stream: non-temporal stores.
@@ -81,12 +89,22 @@ struct Kernels {
     void (*copy)(In x, Out y, index_t rows, index_t lanes, bool stream);
 };
 
-// One row of the list of instruction sets (isa.cpp).
+// One row of the list of instruction sets (isa.cpp), with its tables in the order of the dtypes.
 struct Isa {
     const char* name;
     bool (*available)();
-    const Kernels<float>* float32;
+#define NORMKIT_ROW(dtype, element, arithmetic) const Kernels<element>* for_##dtype;
+    NORMKIT_FOR_DTYPES(NORMKIT_ROW)
+#undef NORMKIT_ROW
 };
+
+template <class X>
+const Kernels<X>& kernels_of(const Isa& isa) {
+#define NORMKIT_ROW(dtype, element, arithmetic) \
+    if constexpr (kDtype<X> == Dtype::dtype) return *isa.for_##dtype;
+    NORMKIT_FOR_DTYPES(NORMKIT_ROW)
+#undef NORMKIT_ROW
+}
 
 const Isa& isa_in_force();
 

@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <atomic>
+#include <chrono>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -35,6 +36,8 @@ int default_threads() {
 #endif
 }
 
+thread_local ShouldStop should_stop = nullptr;
+
 }  // namespace
 
 void set_num_threads(int threads) { chosen_threads = threads > 0 ? threads : 0; }
@@ -45,30 +48,89 @@ int get_num_threads() {
     return threads > 0 ? threads : default_threads();
 }
 
-namespace cpu {
+ShouldStop& this_thread_should_stop() { return should_stop; }
 
+namespace cpu {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr std::chrono::milliseconds kBetweenQuestions{50};
+
+// Shared by the threads of one run_pieces; only the calling thread asks.
+struct Watch {
+    ShouldStop ask;
+    Clock::time_point asked = ask ? Clock::now() : Clock::time_point{};
+    std::atomic<bool> stop{false};
+};
+thread_local Watch* watch = nullptr;
+thread_local bool asks = false;
+
+// Sets this thread's watch while pieces are worked on. They nest: whoever is asked may call normkit before answering.
+class Watching {
+  public:
+    Watching(Watch* w, bool asking) : outer_watch_(watch), outer_asks_(asks) {
+        watch = w;
+        asks = asking;
+    }
+    ~Watching() {
+        watch = outer_watch_;
+        asks = outer_asks_;
+    }
+
+  private:
+    Watch* const outer_watch_;
+    const bool outer_asks_;
+};
+
+// Non-temporal stores are weakly ordered: they must be visible before anyone is told that the work is done.
 void finish_stores() {
 #if defined(__SSE2__)
     _mm_sfence();
 #endif
 }
 
+}  // namespace
+
+bool gives_up() {
+    if (!watch) return false;
+    if (watch->stop.load(std::memory_order_relaxed)) return true;
+    if (!asks) return false;
+    const Clock::time_point now = Clock::now();
+    if (now - watch->asked < kBetweenQuestions) return false;
+    watch->asked = now;
+    if (!watch->ask()) return false;
+    watch->stop.store(true, std::memory_order_relaxed);
+    return true;
+}
+
 void run_pieces(index_t pieces, int threads, PieceFunction piece, const void* context) {
+    if (pieces <= 0) return;
+    if (threads > pieces) threads = static_cast<int>(pieces);
+    if (!should_stop && threads <= 1) {
+        for (index_t i = 0; i < pieces; ++i) piece(context, i);
+        finish_stores();
+        return;
+    }
+    Watch shared{should_stop};
+    Watch* const watched = should_stop ? &shared : nullptr;
 #if defined(_OPENMP)
     watch_forks();
     if (is_forked_child) threads = 1;
-    if (threads > pieces) threads = static_cast<int>(pieces);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+        const Watching watching(watched, omp_get_thread_num() == 0);
 #pragma omp for schedule(dynamic, 1)
-        for (index_t i = 0; i < pieces; ++i) piece(context, i);
+        for (index_t i = 0; i < pieces; ++i) {
+            if (!gives_up()) piece(context, i);
+        }
         finish_stores();
     }
 #else
-    (void)threads;
-    for (index_t i = 0; i < pieces; ++i) piece(context, i);
+    const Watching watching(watched, true);
+    for (index_t i = 0; i < pieces && !gives_up(); ++i) piece(context, i);
     finish_stores();
 #endif
+    if (shared.stop) throw Interrupted();
 }
 
 }  // namespace cpu

@@ -1,10 +1,8 @@
-#include <cstring>
-
 #include "walks.h"
 
 namespace normkit::cpu {
 
-template <class T>
+template <class X>
 void sum_parameters(const Plan& plan, const BackwardCall& call, int threads) {
     // Every axis either tells parameters apart or is summed.
     Nest index, summed;
@@ -19,11 +17,11 @@ void sum_parameters(const Plan& plan, const BackwardCall& call, int threads) {
         }
     }
     summed = collapse(summed, bit(kX) | bit(kDy) | bit(kStatistic));
-    const Tiles tiles(summed, 0);
+    const Tiles tiles(summed, kLongestPiece);
     parallel_for(index.size(), threads, [&](index_t i) {
         const Offsets parameter = index.offsets(i);
         Sums sums;
-        for (index_t t = 0; t < tiles.count(); ++t) {
+        for (index_t t = 0; t < tiles.count() && !gives_up(); ++t) {
             const Tiles::Tile tile = tiles[t];
             const Offsets at = parameter + tile.at;
             for (index_t r = 0; r < tile.rows; ++r) {
@@ -31,12 +29,10 @@ void sum_parameters(const Plan& plan, const BackwardCall& call, int threads) {
                 const char* dy = call.dy + at[kDy] + r * tiles.rows.stride[kDy];
                 index_t statistic = at[kStatistic] + r * tiles.rows.stride[kStatistic];
                 for (index_t l = 0; l < tile.lanes; ++l) {
-                    T xv, dyv;
-                    std::memcpy(&xv, x, sizeof xv);
-                    std::memcpy(&dyv, dy, sizeof dyv);
-                    const double mean = call.mean ? call.mean[statistic] : 0;
+                    const double xv = to_double(read<X>(x)), dyv = to_double(read<X>(dy));
+                    const Split<double> s = split<double>(given_statistic(call, statistic));
                     sums.g += dyv;
-                    sums.g_xhat += dyv * ((xv - mean) * call.rstd[statistic]);
+                    sums.g_xhat += dyv * ((xv * s.scale - s.hi) * s.rstd);
                     x += tiles.lanes.stride[kX];
                     dy += tiles.lanes.stride[kDy];
                     statistic += tiles.lanes.stride[kStatistic];
@@ -47,6 +43,7 @@ void sum_parameters(const Plan& plan, const BackwardCall& call, int threads) {
     });
 }
 
-template void sum_parameters<float>(const Plan&, const BackwardCall&, int);
+#define NORMKIT_INSTANTIATE(name, X, T) template void sum_parameters<X>(const Plan&, const BackwardCall&, int);
+NORMKIT_FOR_DTYPES(NORMKIT_INSTANTIATE)
 
 }  // namespace normkit::cpu

@@ -3,8 +3,6 @@
 // A set is a row of leaves: pieces of a run, or several short runs. Moments and backward sums are taken leaf by leaf
 // and merged in the order of the leaves, whoever computed them. Then y (or dx) is written, element by element.
 
-#include <cstring>
-
 #include "walks.h"
 
 namespace normkit::cpu {
@@ -29,33 +27,33 @@ Nest rows_and_lanes(const Axis& rows, const Axis& lanes) {
 }
 
 // One operand as the leaves of a set see it: rows of contiguous (or strided) elements where that is what memory holds,
-// else gathered.
-template <class T>
+// else gathered as elements E: those of the operand, or converted.
+template <class E>
 class LeafReader {
   public:
-    LeafReader(const Nest& runs, const Nest& run, Operand operand)
-        : operand_(operand), runs_(collapse(runs, bit(operand))), run_(collapse(run, bit(operand))) {}
+    LeafReader(const Nest& runs, const Nest& run, Operand operand, Dtype dtype)
+        : operand_(operand), dtype_(dtype), runs_(collapse(runs, bit(operand))), run_(collapse(run, bit(operand))) {}
 
-    Strided operator()(const char* set, const Leaves::Leaf& leaf, T* buffer) const {
+    Strided operator()(const char* set, const Leaves::Leaf& leaf, E* buffer) const {
         if (run_.n == 1 && (leaf.rows == 1 || runs_.n == 1)) {
             const index_t lane = run_.inner().stride[operand_];
             return {set + runs_.offset(operand_, leaf.first_run) + leaf.lane * lane, runs_.inner().stride[operand_],
-                    lane};
+                    lane, dtype_};
         }
-        T* to = buffer;
+        E* to = buffer;
         for (index_t r = 0; r < leaf.rows; ++r) {
             const char* p = set + runs_.offset(operand_, leaf.first_run + r);
             for (index_t at = leaf.lane, left = leaf.lanes; left > 0;) {
                 const Axis& inner = run_.inner();
                 index_t n = inner.extent - at % inner.extent;
                 if (n > left) n = left;
-                gather<T>({p + run_.offset(operand_, at), 0, inner.stride[operand_]}, 1, n, to);
+                gather<E>({p + run_.offset(operand_, at), 0, inner.stride[operand_], dtype_}, 1, n, to);
                 to += n;
                 at += n;
                 left -= n;
             }
         }
-        return {reinterpret_cast<const char*>(buffer), leaf.lanes * static_cast<index_t>(sizeof(T)), sizeof(T)};
+        return {reinterpret_cast<const char*>(buffer), leaf.lanes * index_t{sizeof(E)}, sizeof(E), kDtype<E>};
     }
 
     // Whether every run is evenly spaced in memory.
@@ -64,6 +62,7 @@ class LeafReader {
 
   private:
     Operand operand_;
+    Dtype dtype_;
     Nest runs_, run_;
 };
 
@@ -82,10 +81,13 @@ struct SetPieces {
     index_t last(index_t i) const { return first(i) + per < sets ? first(i) + per : sets; }
 };
 
-// How many pieces a set is cut into when it is split.
+// How many pieces a set is cut into when it is split: enough for the threads, and none so long that it could not be
+// interrupted.
 index_t pieces_per_set(const Plan& plan, index_t most, const Schedule& schedule) {
     if (!schedule.split) return 1;
-    const index_t wanted = (8 * schedule.threads + plan.sets - 1) / plan.sets;
+    index_t wanted = (8 * schedule.threads + plan.sets - 1) / plan.sets;
+    const index_t least = plan.set_size / kLongestPiece;
+    if (wanted < least) wanted = least;
     return wanted < most ? wanted : most;
 }
 
@@ -95,16 +97,18 @@ index_t elements_per_piece(const Plan& plan, const Schedule& schedule) {
 
 // ------------------------------------------------------------------------------------------------------------ forward
 
-template <class T>
+template <class X>
 class RowsForward {
+    using T = Compute<X>;
+
   public:
-    RowsForward(const Plan& plan, const ForwardCall& call, const Kernels<T>& kernels, const Schedule& schedule)
+    RowsForward(const Plan& plan, const ForwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule)
         : plan_(plan),
           call_(call),
           k_(kernels),
           schedule_(schedule),
           leaves_(plan.runs.size(), plan.run.size()),
-          read_x_(plan.runs, plan.run, kX),
+          read_x_(plan.runs, plan.run, kX, call.dtype),
           set_(joined(plan.runs, plan.run)),
           elements_(collapse(set_, kForwardOperands)),
           tiles_(elements_, 0),
@@ -115,7 +119,7 @@ class RowsForward {
 
     void run() {
         if (schedule_.resident && !schedule_.split) {
-            const SetPieces pieces(plan_, sizeof(T), schedule_.threads);
+            const SetPieces pieces(plan_, sizeof(X), schedule_.threads);
             parallel_for(pieces.count(), schedule_.threads,
                          [&](index_t i) { whole_sets(pieces.first(i), pieces.last(i)); });
         } else {
@@ -129,12 +133,12 @@ class RowsForward {
         T storage[SetStatistics<T>::kArrays * kSetsAtOnce];
         SetStatistics<T> statistics(storage, kSetsAtOnce);
         Moments moments[kSetsAtOnce];
-        index_t at_once = kNearBytes / (plan_.set_size * static_cast<index_t>(sizeof(T)));
+        index_t at_once = kNearBytes / (plan_.set_size * index_t{sizeof(X)});
         at_once = at_once < 1 ? 1 : at_once > kSetsAtOnce ? kSetsAtOnce : at_once;
         for (index_t set = first; set < last; set += at_once) {
             const index_t n = last - set < at_once ? last - set : at_once;
             if (call_.given) {
-                for (index_t i = 0; i < n; ++i) put_given(set + i, i, statistics);
+                for (index_t i = 0; i < n; ++i) statistics.put(i, given_statistic(call_, statistic(set + i)));
             } else {
                 moments_of(set, n, moments);
                 for (index_t i = 0; i < n; ++i) finish(set + i, moments[i], i, statistics);
@@ -160,7 +164,7 @@ class RowsForward {
         }
         for (index_t set = 0; set < plan_.sets; ++set) {
             if (call_.given) {
-                put_given(set, set, statistics);
+                statistics.put(set, given_statistic(call_, statistic(set)));
                 continue;
             }
             Moments m = moments[set * leaves];
@@ -180,7 +184,7 @@ class RowsForward {
     // Moments of leaves l, l + 1, ... of the set at x: as many, before `last`, as are alike and lie in one run, so that
     // one call of the kernel does them. Returns how many.
     index_t some_leaves(const char* x, index_t l, index_t last, Moments* out) const {
-        T buffer[kLeafLanes];
+        X buffer[kLeafLanes];
         const Leaves::Leaf piece = leaves_[l];
         const Strided at = read_x_(x, piece, buffer);
         index_t n = 1;
@@ -190,7 +194,7 @@ class RowsForward {
             if (n > last - l) n = last - l;
             if (n > kLeavesAtOnce) n = kLeavesAtOnce;
         }
-        moments_along(k_, at, piece.rows, piece.lanes, kLeafLanes * at.lane, n, plan_.center, out);
+        moments_along(k_, at, In{x, 0}, piece.rows, piece.lanes, kLeafLanes * at.lane, n, plan_.center, out);
         return n;
     }
 
@@ -199,7 +203,8 @@ class RowsForward {
             // Small rows: one call of the kernel for all of them.
             const Leaves::Leaf row = leaves_[0];
             const Strided x = read_x_(call_.x + plan_.kept.offset(kX, set), row, nullptr);
-            moments_along(k_, x, 1, row.lanes, neighbours_.stride[kX], n, plan_.center, out);
+            const index_t next = neighbours_.stride[kX];
+            moments_along(k_, x, In{x.p, next}, 1, row.lanes, next, n, plan_.center, out);
             return;
         }
         for (index_t i = 0; i < n; ++i) {
@@ -214,19 +219,12 @@ class RowsForward {
         }
     }
 
-    // Statistics of a set from its moments: to the caller's arrays and, as number `slot`, to the kernels'.
-    void finish(index_t set, Moments m, index_t slot, SetStatistics<T>& statistics) const {
-        if (is_doubtful(m, call_.eps)) {
-            m = moments_in_double<T>(set_, call_.x + plan_.kept.offset(kX, set), plan_.center);
-        }
-        const double rstd = rstd_of(m, call_.eps);
-        write_statistics(call_, plan_.kept.offset(kStatistic, set), m, rstd);
-        statistics.put(slot, m.mean, rstd);
-    }
+    index_t statistic(index_t set) const { return plan_.kept.offset(kStatistic, set); }
 
-    void put_given(index_t set, index_t slot, SetStatistics<T>& statistics) const {
-        const index_t i = plan_.kept.offset(kStatistic, set);
-        statistics.put(slot, call_.mean[i], call_.rstd[i]);
+    // Statistics of a set from its moments: to the caller's arrays and, as number `slot`, to the kernels'.
+    void finish(index_t set, const Moments& m, index_t slot, SetStatistics<T>& statistics) const {
+        const char* x = call_.x + plan_.kept.offset(kX, set);
+        statistics.put(slot, finish_set<X>(call_, set_, x, plan_.center, m, statistic(set)));
     }
 
     void apply_sets(index_t set, index_t n, const SetStatistics<T>& statistics, index_t slot) const {
@@ -252,18 +250,18 @@ class RowsForward {
 
     void apply_tile(const Offsets& set, const Tiles& tiles, const Tiles::Tile& tile, const TileStatistics<T>& s) const {
         const Offsets at = set + tile.at;
-        apply(k_.apply_along, operand(call_.x, at, tiles, kX), operand(call_.y, at, tiles, kY),
-              call_.weight ? operand(call_.weight, at, tiles, kWeight) : one<T>(),
-              call_.bias ? operand(call_.bias, at, tiles, kBias) : zero<T>(), s, tile.rows, tile.lanes,
+        apply(k_, operand(call_.x, call_.dtype, at, tiles, kX), operand(call_.y, call_.dtype, at, tiles, kY),
+              parameter(call_.weight, call_.weight_dtype, at, tiles, kWeight, one<T>()),
+              parameter(call_.bias, call_.bias_dtype, at, tiles, kBias, zero<T>()), s, tile.rows, tile.lanes,
               schedule_.stream);
     }
 
     const Plan& plan_;
     const ForwardCall& call_;
-    const Kernels<T>& k_;
+    const KernelPair<X>& k_;
     const Schedule schedule_;
     const Leaves leaves_;
-    const LeafReader<T> read_x_;
+    const LeafReader<X> read_x_;
     const Nest set_, elements_;
     const Tiles tiles_;         // of a set
     const Axis neighbours_;     // from a set to the next
@@ -300,10 +298,12 @@ struct Cells {
     }
 };
 
-template <class T>
+template <class X>
 class RowsBackward {
+    using T = Compute<X>;
+
   public:
-    RowsBackward(const Plan& plan, const BackwardCall& call, const Kernels<T>& kernels, const Schedule& schedule)
+    RowsBackward(const Plan& plan, const BackwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule)
         : plan_(plan),
           call_(call),
           k_(kernels),
@@ -313,9 +313,9 @@ class RowsBackward {
           runs_(cells_.by_element ? plan.runs : cells_.runs),
           run_(cells_.by_element ? plan.run : cells_.run),
           leaves_(runs_.size(), run_.size()),
-          read_dy_(runs_, run_, kDy),
-          read_x_(runs_, run_, kX),
-          read_w_(runs_, run_, kWeight),
+          read_dy_(runs_, run_, kDy, call.dtype),
+          read_x_(runs_, run_, kX, call.dtype),
+          read_w_(runs_, run_, kWeight, call.weight_dtype),
           leaf_is_set_(leaves_.count() == 1 && read_dy_.one_row() && read_x_.one_row() && read_w_.one_row()),
           elements_(collapse(joined(plan.runs, plan.run), kBackwardOperands)),
           tiles_(elements_, 0),
@@ -334,13 +334,13 @@ class RowsBackward {
     bool wants_set_sums() const { return call_.dx && !call_.constant_statistics; }
 
     void load_statistics(index_t set) {
-        const index_t i = plan_.kept.offset(kStatistic, set);
-        statistics_.put(set, call_.mean ? call_.mean[i] : 0, call_.rstd[i]);
+        statistics_.put(set, given_statistic(call_, plan_.kept.offset(kStatistic, set)));
     }
 
     // Sums over leaf l of cell `at`, of dy in cells (their weight comes later), of g = w * dy elsewhere.
     Sums leaf(const Offsets& at, index_t l, const TileStatistics<T>& s) const {
-        T dy[kLeafLanes], x[kLeafLanes], w[kLeafLanes];
+        X dy[kLeafLanes], x[kLeafLanes];
+        T w[kLeafLanes];
         const Leaves::Leaf piece = leaves_[l];
         const bool weighted = cells_.by_element && call_.weight;
         return sums_along(k_, read_dy_(call_.dy + at[kDy], piece, dy), read_x_(call_.x + at[kX], piece, x),
@@ -356,9 +356,7 @@ class RowsBackward {
         for (index_t c = 0; c < index_.size(); ++c) {
             double w = 1;
             if (!cells_.by_element && call_.weight) {
-                T value;
-                std::memcpy(&value, call_.weight + at[kWeight] + index_.offset(kWeight, c), sizeof value);
-                w = value;
+                w = read_double(call_.weight + at[kWeight] + index_.offset(kWeight, c), call_.weight_dtype);
             }
             sums.g += w * cells[c].g;
             sums.g_xhat += w * cells[c].g_xhat;
@@ -382,7 +380,7 @@ class RowsBackward {
         const Buffer<Sums> parameters = zeroed_sums(call_);
         const bool wants_sums = wants_set_sums() || call_.parameters;
         if (schedule_.resident && !schedule_.split) {
-            const SetPieces pieces(plan_, 2 * sizeof(T), schedule_.threads);
+            const SetPieces pieces(plan_, 2 * sizeof(X), schedule_.threads);
             parallel_for(pieces.count(), schedule_.threads, [&](index_t i) {
                 for (index_t set = pieces.first(i); set < pieces.last(i); ++set) {
                     load_statistics(set);
@@ -455,81 +453,98 @@ class RowsBackward {
     // Layer, rms: dx and the gradients of the parameters in one reading, down kSumRows rows at a time. The rows that
     // share a parameter are summed in blocks that depend on their number only; a block's sums are in double.
     void by_element() {
-        // All axes in order, by what they are to the parameters: rows add up to one parameter, lanes and `others`
-        // don't.
-        Nest rows, others;
-        const Nest run = collapse(plan_.run, kBackwardOperands);
-        for (const Nest& nest : {plan_.kept, plan_.runs, run.without_inner()}) {
-            for (int i = 0; i < nest.n; ++i) (nest.axis[i].stride[kGradient] != 0 ? others : rows).push(nest.axis[i]);
-        }
-        const Axis lanes = run.inner();
-        bool rows_are_sets = true;
-        for (int i = 0; i < rows.n; ++i) rows_are_sets = rows_are_sets && !rows.axis[i].reduced;
-        for (int i = 0; i < others.n; ++i) rows_are_sets = rows_are_sets && others.axis[i].reduced;
-        rows = collapse(rows, kBackwardOperands | bit(kSet) | bit(kStatistic));
-
-        const RowBlocks blocks(rows.size(), kSumRows, kSumRows);
-        const index_t other = others.size();
-        const index_t width = other * lanes.extent;
-        const Buffer<double> sums(call_.parameters ? 2 * blocks.count() * width : 0);
+        const Grid grid(plan_);
+        const RowBlocks blocks(grid.rows.size(), kSumRows, kSumRows);
+        const Buffer<double> sums(call_.parameters ? 2 * blocks.count() * grid.width() : 0);
         const bool one_reading =
-            rows_are_sets && blocks.count() >= schedule_.threads && !schedule_.split && schedule_.resident;
+            grid.rows_are_sets && blocks.count() >= schedule_.threads && !schedule_.split && schedule_.resident;
         if (!one_reading) all_set_sums();
-        const Tiles tile(rows_and_lanes(rows.inner(), lanes), 0);
         // Few blocks: their lanes are shared too.
-        const index_t lane_pieces = one_reading ? 1 : lane_pieces_for(blocks.count() * other, lanes.extent);
-        const index_t lanes_per = ((lanes.extent + lane_pieces - 1) / lane_pieces + 63) / 64 * 64;
+        const index_t extent = grid.lanes.extent;
+        const index_t pieces = one_reading ? 1 : lane_pieces_for(blocks.count() * grid.others.size(), extent);
+        const index_t lanes_per = ((extent + pieces - 1) / pieces + 63) / 64 * 64;
 
-        parallel_for(blocks.count() * lane_pieces, schedule_.threads, [&](index_t i) {
-            const index_t block = i / lane_pieces, lane = i % lane_pieces * lanes_per;
-            const index_t n_lanes = lanes.extent - lane < lanes_per ? lanes.extent - lane : lanes_per;
-            if (n_lanes <= 0) return;
-            double *sum_g = nullptr, *sum_g_xhat = nullptr;
-            if (call_.parameters) {
-                sum_g = &sums[2 * block * width + lane];
-                sum_g_xhat = sum_g + width;
-                for (index_t o = 0; o < other; ++o) {
-                    for (index_t l = 0; l < n_lanes; ++l) {
-                        sum_g[o * lanes.extent + l] = sum_g_xhat[o * lanes.extent + l] = 0;
-                    }
-                }
-            }
-            const index_t last = blocks.first(block) + blocks.size(block);
-            for (index_t r = blocks.first(block); r < last;) {
-                const Axis& inner = rows.inner();
-                index_t n = inner.extent - r % inner.extent;
-                if (n > kSumRows) n = kSumRows;
-                if (n > last - r) n = last - r;
-                const Offsets row = rows.offsets(r);
-                if (one_reading) sums_of_sets(row[kSet], inner.stride[kSet], n);
-                for (index_t o = 0; o < other; ++o) {
-                    Offsets at = row + others.offsets(o);
-                    for (int k = 0; k < kOperands; ++k) at.at[k] += lane * lanes.stride[k];
-                    const TileStatistics<T> s = statistics_.tile(at[kSet], inner.stride[kSet], 0, n);
-                    write_dx(k_, call_, at, tile, n, n_lanes, s, sum_g ? sum_g + o * lanes.extent : nullptr,
-                             sum_g ? sum_g_xhat + o * lanes.extent : nullptr, schedule_.stream);
-                }
-                r += n;
-            }
+        parallel_for(blocks.count() * pieces, schedule_.threads, [&](index_t i) {
+            const index_t block = i / pieces, lane = i % pieces * lanes_per;
+            const index_t lanes = extent - lane < lanes_per ? extent - lane : lanes_per;
+            double* sum_g = call_.parameters ? &sums[2 * block * grid.width() + lane] : nullptr;
+            if (lanes > 0)
+                block_of_rows(grid, blocks.first(block), blocks.size(block), lane, lanes, one_reading, sum_g);
         });
-        if (!call_.parameters) return;
+        if (call_.parameters) fold_blocks(grid, blocks.count(), sums.get());
+    }
+
+    // The axes by what they are to the parameters: rows add up to one parameter, lanes and `others` don't.
+    struct Grid {
+        Nest rows, others;
+        Axis lanes;
+        bool rows_are_sets = true;
+
+        explicit Grid(const Plan& plan) {
+            const Nest run = collapse(plan.run, kBackwardOperands);
+            for (const Nest& nest : {plan.kept, plan.runs, run.without_inner()}) {
+                for (int i = 0; i < nest.n; ++i) {
+                    const Axis& a = nest.axis[i];
+                    const bool apart = a.stride[kGradient] != 0;
+                    (apart ? others : rows).push(a);
+                    rows_are_sets = rows_are_sets && apart == a.reduced;
+                }
+            }
+            lanes = run.inner();
+            rows = collapse(rows, kBackwardOperands | bit(kSet) | bit(kStatistic));
+        }
+        index_t width() const { return others.size() * lanes.extent; }
+    };
+
+    // dx of `lanes` lanes of some rows, and into sum_g (and, a width further, sum_g_xhat) the sums down the rows.
+    // own_sets: the rows are sets, whose sums have not been taken yet.
+    void block_of_rows(const Grid& grid, index_t first, index_t rows, index_t lane, index_t lanes, bool own_sets,
+                       double* sum_g) {
+        const index_t others = grid.others.size(), extent = grid.lanes.extent, width = grid.width();
+        for (index_t o = 0; sum_g && o < others; ++o) {
+            for (index_t l = 0; l < lanes; ++l) sum_g[o * extent + l] = sum_g[width + o * extent + l] = 0;
+        }
+        const Tiles tile(rows_and_lanes(grid.rows.inner(), grid.lanes), 0);
+        for (index_t r = first; r < first + rows && !gives_up();) {
+            const Axis& inner = grid.rows.inner();
+            index_t n = inner.extent - r % inner.extent;
+            if (n > kSumRows) n = kSumRows;
+            if (n > first + rows - r) n = first + rows - r;
+            const Offsets row = grid.rows.offsets(r);
+            if (own_sets) sums_of_sets(row[kSet], inner.stride[kSet], n);
+            for (index_t o = 0; o < others; ++o) {
+                Offsets at = row + grid.others.offsets(o);
+                for (int k = 0; k < kOperands; ++k) at.at[k] += lane * grid.lanes.stride[k];
+                const TileStatistics<T> s = statistics_.tile(at[kSet], inner.stride[kSet], 0, n);
+                double* to = sum_g ? sum_g + o * extent : nullptr;
+                write_dx(k_, call_, at, tile, n, lanes, s, to, to ? to + width : nullptr, schedule_.stream);
+            }
+            r += n;
+        }
+    }
+
+    // The sums of all blocks, in order, to the gradients.
+    void fold_blocks(const Grid& grid, index_t blocks, const double* sums) const {
+        const index_t width = grid.width(), extent = grid.lanes.extent;
         const index_t pieces = (width + kPieceBytes / 16 - 1) / (kPieceBytes / 16);
         parallel_for(pieces, schedule_.threads, [&](index_t piece) {
             for (index_t i = width * piece / pieces; i < width * (piece + 1) / pieces; ++i) {
                 Sums total;
-                for (index_t block = 0; block < blocks.count(); ++block) {
+                for (index_t block = 0; block < blocks; ++block) {
                     total.g += sums[2 * block * width + i];
                     total.g_xhat += sums[(2 * block + 1) * width + i];
                 }
-                const index_t o = i / lanes.extent, l = i % lanes.extent;
-                write_parameter(call_, others.offset(kGradient, o) + l * lanes.stride[kGradient], total);
+                const index_t gradient = grid.others.offset(kGradient, i / extent);
+                write_parameter(call_, gradient + i % extent * grid.lanes.stride[kGradient], total);
             }
         });
     }
 
     index_t lane_pieces_for(index_t pieces, index_t lanes) const {
-        if (schedule_.threads == 1 || pieces >= 4 * schedule_.threads) return 1;
-        const index_t wanted = (4 * schedule_.threads + pieces - 1) / pieces;
+        const bool few = schedule_.threads > 1 && pieces < 4 * schedule_.threads;
+        index_t wanted = few ? (4 * schedule_.threads + pieces - 1) / pieces : 1;
+        const index_t least = lanes * kSumRows / kLongestPiece;  // none so long that it could not be interrupted
+        if (wanted < least) wanted = least;
         const index_t most = (lanes + 255) / 256;
         return wanted < most ? wanted : most;
     }
@@ -567,7 +582,7 @@ class RowsBackward {
             sweep_sums(sums);
             return;
         }
-        const SetPieces pieces(plan_, 2 * sizeof(T), schedule_.threads);
+        const SetPieces pieces(plan_, 2 * sizeof(X), schedule_.threads);
         parallel_for(pieces.count(), schedule_.threads, [&](index_t i) {
             for (index_t set = pieces.first(i); set < pieces.last(i); ++set) set_sums(set);
         });
@@ -575,12 +590,13 @@ class RowsBackward {
 
     const Plan& plan_;
     const BackwardCall& call_;
-    const Kernels<T>& k_;
+    const KernelPair<X>& k_;
     const Schedule schedule_;
     const Cells cells_;
     const Nest index_, runs_, run_;
     const Leaves leaves_;
-    const LeafReader<T> read_dy_, read_x_, read_w_;
+    const LeafReader<X> read_dy_, read_x_;
+    const LeafReader<T> read_w_;
     const bool leaf_is_set_;
     const Nest elements_;
     const Tiles tiles_;  // of a set
@@ -590,17 +606,19 @@ class RowsBackward {
 
 }  // namespace
 
-template <class T>
-void rows_forward(const Plan& plan, const ForwardCall& call, const Kernels<T>& kernels, const Schedule& schedule) {
-    RowsForward<T>(plan, call, kernels, schedule).run();
+template <class X>
+void rows_forward(const Plan& plan, const ForwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule) {
+    RowsForward<X>(plan, call, kernels, schedule).run();
 }
 
-template <class T>
-void rows_backward(const Plan& plan, const BackwardCall& call, const Kernels<T>& kernels, const Schedule& schedule) {
-    RowsBackward<T>(plan, call, kernels, schedule).run();
+template <class X>
+void rows_backward(const Plan& plan, const BackwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule) {
+    RowsBackward<X>(plan, call, kernels, schedule).run();
 }
 
-template void rows_forward<float>(const Plan&, const ForwardCall&, const Kernels<float>&, const Schedule&);
-template void rows_backward<float>(const Plan&, const BackwardCall&, const Kernels<float>&, const Schedule&);
+#define NORMKIT_INSTANTIATE(name, X, T)                                                                    \
+    template void rows_forward<X>(const Plan&, const ForwardCall&, const KernelPair<X>&, const Schedule&); \
+    template void rows_backward<X>(const Plan&, const BackwardCall&, const KernelPair<X>&, const Schedule&);
+NORMKIT_FOR_DTYPES(NORMKIT_INSTANTIATE)
 
 }  // namespace normkit::cpu

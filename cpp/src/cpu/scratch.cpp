@@ -1,11 +1,9 @@
 #include "scratch.h"
 
-#include <cstring>
-
 namespace normkit::cpu {
 namespace {
 
-template <class T, class F>
+template <class X, class F>
 void for_elements(const Nest& set, const char* x, F f) {
     const Tiles tiles(set, 0);
     for (index_t i = 0; i < tiles.count(); ++i) {
@@ -13,9 +11,7 @@ void for_elements(const Nest& set, const char* x, F f) {
         for (index_t r = 0; r < tile.rows; ++r) {
             const char* p = x + tile.at[kX] + r * tiles.rows.stride[kX];
             for (index_t l = 0; l < tile.lanes; ++l, p += tiles.lanes.stride[kX]) {
-                T v;
-                std::memcpy(&v, p, sizeof v);
-                f(static_cast<double>(v));
+                f(to_double(read<X>(p)));
             }
         }
     }
@@ -23,35 +19,43 @@ void for_elements(const Nest& set, const char* x, F f) {
 
 }  // namespace
 
-template <class T>
-Moments moments_in_double(const Nest& set, const char* x, bool center) {
+template <class X>
+ScaledMoments moments_in_double(const Nest& set, const char* x, bool center) {
     const Nest axes = collapse(set, bit(kX));
-    Moments m;
+    ScaledMoments scaled;
+    const double& scale = scaled.scale;
+    if constexpr (kDtype<X> == Dtype::float64) {
+        double largest = 0;
+        for_elements<X>(axes, x, [&](double v) { largest = std::fabs(v) > largest ? std::fabs(v) : largest; });
+        if (largest > 0 && std::isfinite(largest)) {
+            const int exponent = std::ilogb(largest);
+            scaled.scale = std::ldexp(1.0, exponent < -1022 ? 1022 : -exponent);
+        }
+    }
+    Moments& m = scaled.moments;
     m.count = static_cast<double>(axes.size());
+    const double& origin = scaled.origin;
     if (center) {
-        double first = 0;
-        bool any = false;
+        scaled.origin = to_double(read<X>(x)) * scale;
         double sum = 0;
-        // About the first element: a constant set has a mean of exactly its value.
-        for_elements<T>(axes, x, [&](double v) {
-            if (!any) first = v, any = true;
-            sum += v - first;
-        });
-        m.mean = first + sum / m.count;
+        for_elements<X>(axes, x, [&](double v) { sum += v * scale - origin; });
+        m.mean = sum / m.count;
     }
     double residual = 0;
-    for_elements<T>(axes, x, [&](double v) {
-        const double d = v - m.mean;
+    for_elements<X>(axes, x, [&](double v) {
+        const double d = (v * scale - origin) - m.mean;
         residual += d;
-        m.m2 += d * d;
+        m.M2 += d * d;
     });
     if (center && std::isfinite(residual)) {
-        m.m2 -= residual * residual / m.count;
-        if (m.m2 < 0) m.m2 = 0;
+        m.M2 -= residual * residual / m.count;
+        if (m.M2 < 0) m.M2 = 0;
     }
-    return m;
+    return scaled;
 }
 
-template Moments moments_in_double<float>(const Nest&, const char*, bool);
+#define NORMKIT_INSTANTIATE(name, element, arithmetic) \
+    template ScaledMoments moments_in_double<element>(const Nest&, const char*, bool);
+NORMKIT_FOR_DTYPES(NORMKIT_INSTANTIATE)
 
 }  // namespace normkit::cpu

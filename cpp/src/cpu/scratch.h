@@ -32,8 +32,8 @@ class SetStatistics {
     SetStatistics(T* storage, index_t sets) : p_(storage), sets_(sets) {}
     static constexpr index_t kArrays = 6;
 
-    void put(index_t set, double mean, double rstd) {
-        const Split<T> s = split<T>(mean, rstd);
+    void put(index_t set, const Statistic& statistic) {
+        const Split<T> s = split<T>(statistic);
         hi()[set] = s.hi;
         lo()[set] = s.lo;
         this->rstd()[set] = s.rstd;
@@ -72,9 +72,15 @@ class SetStatistics {
     index_t sets_;
 };
 
-// Moments of a set in double, for sets that float can't do: no float is so large or small that double could overflow
-// or lose its square. `set`: the axes of the set.
-template <class T>
-Moments moments_in_double(const Nest& set, const char* x, bool center);
+// Moments of x * scale in double, for sets that the kernels can't do. The scale, a power of two, brings the largest
+// magnitude to about 1 where the data is float64; no other number is so large or small that a double could overflow or
+// lose its square, and the scale is 1. The mean is less the origin, the first element. `set`: the axes of the set.
+struct ScaledMoments {
+    Moments moments;
+    double origin = 0;
+    double scale = 1;
+};
+template <class X>
+ScaledMoments moments_in_double(const Nest& set, const char* x, bool center);
 
 }  // namespace normkit::cpu

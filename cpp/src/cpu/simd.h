@@ -6,6 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+
+#include "../dtype.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -23,79 +26,189 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
+// Elements are of type X in memory and of type Compute<X> in registers: Vec<X> is a vector of those, and loading and
+// storing convert.
+template <class X>
+using Compute = normkit::Compute<X>;
+
 template <class T>
 struct VectorOf {
     typedef T type __attribute__((vector_size(kVectorBytes)));
 };
-template <class T>
-using Vec = typename VectorOf<T>::type;
+template <class X>
+using Vec = typename VectorOf<Compute<X>>::type;
 
-template <class T>
-constexpr int kWidth = kVectorBytes / sizeof(T);
+template <class X>
+constexpr int kWidth = kVectorBytes / sizeof(Compute<X>);
 
-template <class T>
-NK_INLINE Vec<T> splat(T s) {
-    return s - Vec<T>{};  // not s + 0: that would turn -0 into +0
+// What a vector takes in memory.
+template <class X>
+constexpr int kMemoryBytes = kWidth<X> * sizeof(X);
+
+template <class X>
+NK_INLINE Vec<X> splat(Compute<X> s) {
+    return s - Vec<X>{};  // not s + 0: that would turn -0 into +0
 }
 
-template <class T>
-NK_INLINE Vec<T> load(const char* p) {
-    Vec<T> v;
-    __builtin_memcpy(&v, p, sizeof v);
-    return v;
-}
+// ------------------------------------------------------------------------------------------- conversions of 16 bits
 
-template <class T>
-NK_INLINE void store(char* p, Vec<T> v) {
-    __builtin_memcpy(p, &v, sizeof v);
-}
+typedef std::uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef std::uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+typedef std::int32_t Signed __attribute__((vector_size(kVectorBytes)));
 
-// Requires p aligned to the vector.
-template <class T>
-NK_INLINE void stream(char* p, Vec<T> v) {
+// What lies in memory as one Raw<X> a vector: the vector itself, or half a vector of 16-bit numbers.
+template <class X>
+struct RawOf {
+    using type = Vec<X>;
+};
+template <>
+struct RawOf<normkit::float16> {
+    using type = Halves;
+};
+template <>
+struct RawOf<normkit::bfloat16> {
+    using type = Halves;
+};
+template <class X>
+using Raw = typename RawOf<X>::type;
+
+template <class X>
+NK_INLINE Vec<X> decoded(Raw<X> raw) {
+    if constexpr (std::is_same_v<X, normkit::bfloat16>) {
+        return (Vec<float>)(__builtin_convertvector(raw, Bits) << 16);
+    } else if constexpr (std::is_same_v<X, normkit::float16>) {
 #if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
-#elif defined(__AVX__)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
-#elif defined(__SSE2__)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+        return (Vec<float>)_mm512_cvtph_ps((__m256i)raw);
+#elif defined(__F16C__)
+        return (Vec<float>)_mm256_cvtph_ps((__m128i)raw);
 #else
-    store<T>(p, v);
+        // The exponent is rebased from 15 to 127. Infinity and NaN need the step once more; a subnormal number gets the
+        // leading bit 2^-14 that it lacks, and loses it again in a subtraction, which is exact.
+        const Bits bits = __builtin_convertvector(raw, Bits);
+        const Bits sign = (bits & 0x8000) << 16, magnitude = (bits & 0x7fff) << 13, exponent = magnitude & (31u << 23);
+        const Bits normal = magnitude + (112u << 23);
+        const Bits subnormal = (Bits)((Vec<float>)(normal + (1u << 23)) - splat<float>(0x1p-14f));
+        const Bits infinite = normal + (112u << 23);
+        return (Vec<float>)(sign | (exponent == 0u ? subnormal : exponent == (31u << 23) ? infinite : normal));
+#endif
+    } else {
+        return raw;
+    }
+}
+
+// To the nearest, ties to even.
+template <class X>
+NK_INLINE Raw<X> encoded(Vec<X> v) {
+    if constexpr (std::is_same_v<X, normkit::bfloat16>) {
+        const Bits bits = (Bits)v;
+        const Bits nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        return __builtin_convertvector(v == v ? nearest : bits >> 16 | 0x40, Halves);
+    } else if constexpr (std::is_same_v<X, normkit::float16>) {
+#if defined(__AVX512F__)
+        return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+        return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+        // Half a unit less one is added below the last bit that is kept, and one more where that bit is odd. Below
+        // 2^-14 the sum with 0.5, whose last place is that of a subnormal float16, does the rounding.
+        const Bits bits = (Bits)v, sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+        const Bits normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+        const Bits subnormal = (Bits)((Vec<float>)magnitude + splat<float>(0.5f)) - (126u << 23);
+        const Signed order = (Signed)magnitude;
+        const Bits finite = order < (113 << 23) ? subnormal : normal;
+        const Bits infinity = Bits{} + 0x7c00;
+        const Bits all = order >= (143 << 23) ? infinity : finite;
+        return __builtin_convertvector(sign | (v == v ? all : infinity | 0x200), Halves);
+#endif
+    } else {
+        return v;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- loads and stores
+
+template <class X>
+NK_INLINE Vec<X> load(const char* p) {
+    Raw<X> raw;
+    __builtin_memcpy(&raw, p, sizeof raw);
+    return decoded<X>(raw);
+}
+
+template <class X>
+NK_INLINE void store(char* p, Vec<X> v) {
+    const Raw<X> raw = encoded<X>(v);
+    __builtin_memcpy(p, &raw, sizeof raw);
+}
+
+// Requires p aligned to kMemoryBytes<X>.
+template <class X>
+NK_INLINE void stream(char* p, Vec<X> v) {
+    const Raw<X> raw = encoded<X>(v);
+#if defined(__SSE2__)
+    if constexpr (sizeof raw == 8) {
+        long long bits;
+        __builtin_memcpy(&bits, &raw, sizeof bits);
+        _mm_stream_si64(reinterpret_cast<long long*>(p), bits);
+        return;
+    } else if constexpr (sizeof raw == 16) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)raw);
+        return;
+    }
+#endif
+#if defined(__AVX__)
+    if constexpr (sizeof raw == 32) {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)raw);
+        return;
+    }
+#endif
+#if defined(__AVX512F__)
+    if constexpr (sizeof raw == 64) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)raw);
+        return;
+    }
+#endif
+    __builtin_memcpy(p, &raw, sizeof raw);
+}
+
+// The first n lanes, 0 < n < kWidth<X>; no byte beyond them is touched. The other lanes of a load are zero.
+template <class X>
+NK_INLINE Vec<X> load_first(const char* p, int n) {
+#if defined(__AVX512F__)
+    const unsigned lanes = (1u << n) - 1;
+    if constexpr (sizeof(X) == 2) {
+        return decoded<X>((Halves)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), p));
+    } else if constexpr (sizeof(X) == 4) {
+        return (Vec<X>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p);
+    } else {
+        return (Vec<X>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), p);
+    }
+#else
+    Raw<X> raw = {};
+    for (int i = 0; i < n; ++i) {
+        auto lane = raw[0];
+        __builtin_memcpy(&lane, p + i * sizeof(X), sizeof(X));
+        raw[i] = lane;
+    }
+    return decoded<X>(raw);
 #endif
 }
 
-// The first n lanes, 0 < n < kWidth<T>; no byte beyond them is touched. The other lanes of a load are zero.
-template <class T>
-NK_INLINE Vec<T> load_first(const char* p, int n) {
+template <class X>
+NK_INLINE void store_first(char* p, Vec<X> v, int n) {
 #if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) {
-        return (Vec<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+    const unsigned lanes = (1u << n) - 1;
+    if constexpr (sizeof(X) == 2) {
+        _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(lanes), (__m256i)encoded<X>(v));
+    } else if constexpr (sizeof(X) == 4) {
+        _mm512_mask_storeu_ps(p, static_cast<__mmask16>(lanes), (__m512)v);
     } else {
-        return (Vec<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+        _mm512_mask_storeu_pd(p, static_cast<__mmask8>(lanes), (__m512d)v);
     }
 #else
-    Vec<T> v = {};
+    const Raw<X> raw = encoded<X>(v);
     for (int i = 0; i < n; ++i) {
-        T lane;
-        __builtin_memcpy(&lane, p + i * sizeof(T), sizeof(T));
-        v[i] = lane;
-    }
-    return v;
-#endif
-}
-
-template <class T>
-NK_INLINE void store_first(char* p, Vec<T> v, int n) {
-#if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) {
-        _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
-    } else {
-        _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
-    }
-#else
-    for (int i = 0; i < n; ++i) {
-        const T lane = v[i];
-        __builtin_memcpy(p + i * sizeof(T), &lane, sizeof(T));
+        const auto lane = raw[i];
+        __builtin_memcpy(p + i * sizeof(X), &lane, sizeof(X));
     }
 #endif
 }
@@ -127,10 +240,10 @@ NK_INLINE Widened<T> widened(Vec<T> v) {
 
 // The same, straight from memory: the conversion then costs no instruction of its own beside the load, and a sum of
 // doubles runs at twice the time of one of floats (0.55 ns against 0.31 ns for 16 elements on a Zen 4).
-template <class T>
-NK_INLINE Widened<T> load_widened(const char* p) {
+template <class X>
+NK_INLINE Widened<Compute<X>> load_widened(const char* p) {
 #if defined(__AVX512F__) || defined(__AVX__)
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (std::is_same_v<X, float>) {
         const float* f = reinterpret_cast<const float*>(p);
 #if defined(__AVX512F__)
         return {
@@ -140,7 +253,7 @@ NK_INLINE Widened<T> load_widened(const char* p) {
 #endif
     }
 #endif
-    return widened<T>(load<T>(p));
+    return widened<Compute<X>>(load<X>(p));
 }
 
 template <class T>
@@ -158,9 +271,9 @@ struct IndexOf<double> {
 template <class T>
 NK_INLINE Vec<T> keep_first(Vec<T> v, int n) {
     using Index = typename IndexOf<T>::type;
-    Vec<Index> lane;
+    typename VectorOf<Index>::type lane;
     for (int i = 0; i < kWidth<T>; ++i) lane[i] = i;
-    return lane < splat<Index>(n) ? v : Vec<T>{};
+    return lane < Index{n} ? v : Vec<T>{};
 }
 
 template <class T, int N>

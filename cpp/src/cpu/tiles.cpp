@@ -1,6 +1,7 @@
 #include "tiles.h"
 
 #include <cstring>
+#include <type_traits>
 
 namespace normkit::cpu {
 namespace {
@@ -23,27 +24,22 @@ struct Constants {
     }
 };
 
-template <class T>
-T value(const char* p) {
-    T v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-
-template <class T>
+// Whether kernels that read elements E can take it as it lies; an operand that is not there is no hindrance.
+template <class E>
 bool contiguous(const Strided& a, index_t lanes) {
-    return a.lane == static_cast<index_t>(sizeof(T)) || lanes == 1 || !a.p;
+    return !a.p || (a.dtype == kDtype<E> && (a.lane == static_cast<index_t>(sizeof(E)) || lanes == 1));
 }
 
+// For parameters: one value a row.
 template <class T>
 bool per_row(const Strided& a, index_t lanes) {
-    return a.lane == 0 || lanes == 1;
+    return a.dtype == kDtype<T> && (a.lane == 0 || lanes == 1);
 }
 
 In in(const Strided& a) { return {a.p, a.row}; }
 Out out(const Strided& a) { return {const_cast<char*>(a.p), a.row}; }
 
-Strided shifted(const Strided& a, index_t r, index_t l) { return {a.p ? a.at(r, l) : a.p, a.row, a.lane}; }
+Strided shifted(const Strided& a, index_t r, index_t l) { return {a.p ? a.at(r, l) : a.p, a.row, a.lane, a.dtype}; }
 
 template <class T>
 TileStatistics<T> shifted(TileStatistics<T> s, index_t r, index_t l) {
@@ -54,11 +50,14 @@ TileStatistics<T> shifted(TileStatistics<T> s, index_t r, index_t l) {
     return s;
 }
 
-template <class T>
-void scatter(const T* from, index_t rows, index_t lanes, Strided to) {
+template <class X>
+void scatter(const Compute<X>* from, index_t rows, index_t lanes, Strided to) {
     for (index_t r = 0; r < rows; ++r) {
-        for (index_t l = 0; l < lanes; ++l)
-            std::memcpy(const_cast<char*>(to.at(r, l)), &from[r * lanes + l], sizeof(T));
+        for (index_t l = 0; l < lanes; ++l) {
+            X v;
+            from_double(to_double(from[r * lanes + l]), &v);
+            std::memcpy(const_cast<char*>(to.at(r, l)), &v, sizeof v);
+        }
     }
 }
 
@@ -93,29 +92,38 @@ In packed(const T* patch, index_t lanes) {
 
 template <class T>
 Strided one() {
-    return {reinterpret_cast<const char*>(Constants<T>::get().one), 0, 0};
+    return {reinterpret_cast<const char*>(Constants<T>::get().one), 0, 0, kDtype<T>};
 }
 
 template <class T>
 Strided zero() {
-    return {reinterpret_cast<const char*>(Constants<T>::get().zero), 0, 0};
+    return {reinterpret_cast<const char*>(Constants<T>::get().zero), 0, 0, kDtype<T>};
 }
 
-template <class T>
-void gather(Strided from, index_t rows, index_t lanes, T* to) {
-    for (index_t r = 0; r < rows; ++r, to += lanes) {
-        if (from.lane == static_cast<index_t>(sizeof(T))) {
-            std::memcpy(to, from.at(r, 0), lanes * sizeof(T));
-        } else {
-            for (index_t l = 0; l < lanes; ++l) to[l] = value<T>(from.at(r, l));
+template <class E>
+void gather(Strided from, index_t rows, index_t lanes, E* to) {
+    with_dtype(from.dtype, [&](auto element) {
+        using X = decltype(element);
+        for (index_t r = 0; r < rows; ++r, to += lanes) {
+            if constexpr (std::is_same_v<X, E>) {
+                if (from.lane == static_cast<index_t>(sizeof(E))) {
+                    std::memcpy(to, from.at(r, 0), lanes * sizeof(E));
+                    continue;
+                }
+                for (index_t l = 0; l < lanes; ++l) to[l] = read<E>(from.at(r, l));
+            } else if constexpr (std::is_floating_point_v<E>) {
+                for (index_t l = 0; l < lanes; ++l) to[l] = static_cast<E>(to_double(read<X>(from.at(r, l))));
+            }
         }
-    }
+    });
 }
 
-template <class T>
-void apply(ApplyKernel<T> (&kernel)[2], Strided x, Strided y, Strided w, Strided b, const TileStatistics<T>& s,
+template <class X>
+void apply(const KernelPair<X>& k, Strided x, Strided y, Strided w, Strided b, const TileStatistics<Compute<X>>& s,
            index_t rows, index_t lanes, bool stream) {
-    if (!s.scale && contiguous<T>(x, lanes) && contiguous<T>(y, lanes)) {
+    using T = Compute<X>;
+    const auto& kernel = s.lane ? k.direct.apply_down : k.direct.apply_along;
+    if (!s.scale && contiguous<X>(x, lanes) && contiguous<X>(y, lanes)) {
         if (per_row<T>(w, lanes) && per_row<T>(b, lanes)) {
             kernel[0](in(x), out(y), in(w), in(b), s, rows, lanes, stream);
             return;
@@ -141,22 +149,25 @@ void apply(ApplyKernel<T> (&kernel)[2], Strided x, Strided y, Strided w, Strided
         multiply(ps, n_rows, n, px);
         gather(shifted(w, r, l), n_rows, n, pw);
         gather(shifted(b, r, l), n_rows, n, pb);
-        kernel[1](packed(px, n), {reinterpret_cast<char*>(py), n * static_cast<index_t>(sizeof(T))}, packed(pw, n),
-                  packed(pb, n), ps, n_rows, n, false);
-        scatter(py, n_rows, n, shifted(y, r, l));
+        const auto& packed_kernel = s.lane ? k.packed.apply_down : k.packed.apply_along;
+        packed_kernel[1](packed(px, n), {reinterpret_cast<char*>(py), n * static_cast<index_t>(sizeof(T))},
+                         packed(pw, n), packed(pb, n), ps, n_rows, n, false);
+        scatter<X>(py, n_rows, n, shifted(y, r, l));
     });
 }
 
-template <class T>
-void backward(const Kernels<T>& k, Strided dy, Strided x, Strided w, Strided dx, const TileStatistics<T>& s,
+template <class X>
+void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx, const TileStatistics<Compute<X>>& s,
               index_t rows, index_t lanes, double* sum_g, double* sum_g_xhat, bool stream) {
-    if (!s.scale && contiguous<T>(dy, lanes) && contiguous<T>(x, lanes) && contiguous<T>(dx, lanes) &&
+    using T = Compute<X>;
+    if (!s.scale && contiguous<X>(dy, lanes) && contiguous<X>(x, lanes) && contiguous<X>(dx, lanes) &&
         (per_row<T>(w, lanes) || contiguous<T>(w, lanes))) {
         const bool w_lane = !per_row<T>(w, lanes);
         if (!sum_g && s.lane == 0) {
-            k.dx_along[w_lane](in(dy), in(x), in(w), out(dx), s, rows, lanes, stream);
+            k.direct.dx_along[w_lane](in(dy), in(x), in(w), out(dx), s, rows, lanes, stream);
         } else {
-            k.backward_down[s.lane][w_lane](in(dy), in(x), in(w), out(dx), s, rows, lanes, sum_g, sum_g_xhat, stream);
+            k.direct.backward_down[s.lane][w_lane](in(dy), in(x), in(w), out(dx), s, rows, lanes, sum_g, sum_g_xhat,
+                                                   stream);
         }
         return;
     }
@@ -168,21 +179,22 @@ void backward(const Kernels<T>& k, Strided dy, Strided x, Strided w, Strided dx,
         multiply(ps, n_rows, n, px);
         gather(shifted(w, r, l), n_rows, n, pw);
         const Out to = {dx.p ? reinterpret_cast<char*>(pdx) : nullptr, n * static_cast<index_t>(sizeof(T))};
-        k.backward_down[s.lane][1](packed(pdy, n), packed(px, n), packed(pw, n), to, ps, n_rows, n,
-                                   sum_g ? sum_g + l : nullptr, sum_g ? sum_g_xhat + l : nullptr, false);
+        k.packed.backward_down[s.lane][1](packed(pdy, n), packed(px, n), packed(pw, n), to, ps, n_rows, n,
+                                          sum_g ? sum_g + l : nullptr, sum_g ? sum_g_xhat + l : nullptr, false);
         if (!dx.p) return;
         multiply(ps, n_rows, n, pdx);
-        scatter(pdx, n_rows, n, shifted(dx, r, l));
+        scatter<X>(pdx, n_rows, n, shifted(dx, r, l));
     });
 }
 
-template <class T>
-Sums sums_along(const Kernels<T>& k, Strided dy, Strided x, Strided w, const TileStatistics<T>& s, index_t rows,
-                index_t lanes) {
+template <class X>
+Sums sums_along(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const TileStatistics<Compute<X>>& s,
+                index_t rows, index_t lanes) {
+    using T = Compute<X>;
     Sums sums;
-    if (!s.scale && contiguous<T>(dy, lanes) && contiguous<T>(x, lanes) &&
+    if (!s.scale && contiguous<X>(dy, lanes) && contiguous<X>(x, lanes) &&
         (per_row<T>(w, lanes) || contiguous<T>(w, lanes))) {
-        k.sums_along[!per_row<T>(w, lanes)](in(dy), in(x), in(w), s, rows, lanes, 0, 0, 1, &sums);
+        k.direct.sums_along[!per_row<T>(w, lanes)](in(dy), in(x), in(w), s, rows, lanes, 0, 0, 1, &sums);
         return sums;
     }
     T pdy[kLeafLanes], px[kLeafLanes], pw[kLeafLanes];
@@ -190,16 +202,17 @@ Sums sums_along(const Kernels<T>& k, Strided dy, Strided x, Strided w, const Til
     gather(x, rows, lanes, px);
     multiply(s, rows, lanes, px);
     gather(w, rows, lanes, pw);
-    k.sums_along[1](packed(pdy, lanes), packed(px, lanes), packed(pw, lanes), s, rows, lanes, 0, 0, 1, &sums);
+    k.packed.sums_along[1](packed(pdy, lanes), packed(px, lanes), packed(pw, lanes), s, rows, lanes, 0, 0, 1, &sums);
     return sums;
 }
 
-template <class T>
-void sums_of_rows(const Kernels<T>& k, Strided dy, Strided x, Strided w, const TileStatistics<T>& s, index_t leaves,
-                  index_t lanes, Sums* out) {
-    if (!s.scale && contiguous<T>(dy, lanes) && contiguous<T>(x, lanes) &&
+template <class X>
+void sums_of_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const TileStatistics<Compute<X>>& s,
+                  index_t leaves, index_t lanes, Sums* out) {
+    using T = Compute<X>;
+    if (!s.scale && contiguous<X>(dy, lanes) && contiguous<X>(x, lanes) &&
         (per_row<T>(w, lanes) || contiguous<T>(w, lanes))) {
-        k.sums_along[!per_row<T>(w, lanes)](in(dy), in(x), in(w), s, 1, lanes, dy.row, x.row, leaves, out);
+        k.direct.sums_along[!per_row<T>(w, lanes)](in(dy), in(x), in(w), s, 1, lanes, dy.row, x.row, leaves, out);
         return;
     }
     for (index_t i = 0; i < leaves; ++i) {
@@ -209,53 +222,58 @@ void sums_of_rows(const Kernels<T>& k, Strided dy, Strided x, Strided w, const T
     }
 }
 
-template <class T>
-void moments_along(const Kernels<T>& k, Strided x, index_t rows, index_t lanes, index_t leaf, index_t leaves,
-                   bool center, Moments* out) {
-    if (contiguous<T>(x, lanes)) {
-        k.moments_along(in(x), rows, lanes, leaf, leaves, center, out);
+template <class X>
+void moments_along(const KernelPair<X>& k, Strided x, In origin, index_t rows, index_t lanes, index_t leaf,
+                   index_t leaves, bool center, Moments* out) {
+    if (contiguous<X>(x, lanes)) {
+        k.direct.moments_along(in(x), origin, rows, lanes, leaf, leaves, center, out);
         return;
     }
-    T px[kLeafLanes];
-    for (index_t i = 0; i < leaves; ++i, x.p += leaf) {
+    Compute<X> px[kLeafLanes];
+    for (index_t i = 0; i < leaves; ++i, x.p += leaf, origin.p += origin.row) {
         gather(x, rows, lanes, px);
-        k.moments_along(packed(px, lanes), rows, lanes, 0, 1, center, out + i);
+        k.packed.moments_along(packed(px, lanes), origin, rows, lanes, 0, 1, center, out + i);
     }
 }
 
-template <class T>
-void moments_down(const Kernels<T>& k, Strided x, index_t rows, index_t lanes, index_t seen, bool center, double* mean,
-                  double* m2) {
-    if (contiguous<T>(x, lanes)) {
-        k.moments_down(in(x), rows, lanes, seen, center, mean, m2);
+template <class X>
+void moments_down(const KernelPair<X>& k, Strided x, const Compute<X>* origin, index_t rows, index_t lanes,
+                  index_t seen, bool center, double* mean, double* M2) {
+    if (contiguous<X>(x, lanes)) {
+        k.direct.moments_down(in(x), origin, rows, lanes, seen, center, mean, M2);
         return;
     }
-    T px[kLeafRows * kPatchLanes];
+    Compute<X> px[kLeafRows * kPatchLanes];
     for (index_t r = 0; r < rows; r += kLeafRows) {
         const index_t n_rows = rows - r < kLeafRows ? rows - r : kLeafRows;
         for (index_t l = 0; l < lanes; l += kPatchLanes) {
             const index_t n = lanes - l < kPatchLanes ? lanes - l : kPatchLanes;
             gather(shifted(x, r, l), n_rows, n, px);
-            k.moments_down(packed(px, n), n_rows, n, seen + r, center, mean + l, m2 + l);
+            k.packed.moments_down(packed(px, n), origin ? origin + l : origin, n_rows, n, seen + r, center, mean + l,
+                                  M2 + l);
         }
     }
 }
 
-#define NORMKIT_INSTANTIATE(T)                                                                                      \
-    template Strided one<T>();                                                                                      \
-    template Strided zero<T>();                                                                                     \
-    template void gather<T>(Strided, index_t, index_t, T*);                                                         \
-    template void apply<T>(ApplyKernel<T>(&)[2], Strided, Strided, Strided, Strided, const TileStatistics<T>&,      \
-                           index_t, index_t, bool);                                                                 \
-    template void backward<T>(const Kernels<T>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&,      \
-                              index_t, index_t, double*, double*, bool);                                            \
-    template Sums sums_along<T>(const Kernels<T>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,    \
-                                index_t);                                                                           \
-    template void sums_of_rows<T>(const Kernels<T>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,  \
-                                  index_t, Sums*);                                                                  \
-    template void moments_along<T>(const Kernels<T>&, Strided, index_t, index_t, index_t, index_t, bool, Moments*); \
-    template void moments_down<T>(const Kernels<T>&, Strided, index_t, index_t, index_t, bool, double*, double*);
+template Strided one<float>();
+template Strided one<double>();
+template Strided zero<float>();
+template Strided zero<double>();
 
-NORMKIT_INSTANTIATE(float)
+#define NORMKIT_INSTANTIATE(name, X, T)                                                                               \
+    template void gather<X>(Strided, index_t, index_t, X*);                                                           \
+    template void apply<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&,        \
+                           index_t, index_t, bool);                                                                   \
+    template void backward<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&,     \
+                              index_t, index_t, double*, double*, bool);                                              \
+    template Sums sums_along<X>(const KernelPair<X>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,   \
+                                index_t);                                                                             \
+    template void sums_of_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t, \
+                                  index_t, Sums*);                                                                    \
+    template void moments_along<X>(const KernelPair<X>&, Strided, In, index_t, index_t, index_t, index_t, bool,       \
+                                   Moments*);                                                                         \
+    template void moments_down<X>(const KernelPair<X>&, Strided, const T*, index_t, index_t, index_t, bool, double*,  \
+                                  double*);
+NORMKIT_FOR_DTYPES(NORMKIT_INSTANTIATE)
 
 }  // namespace normkit::cpu

@@ -1,6 +1,7 @@
 // Tiles with any strides, brought before the kernels. A kernel wants contiguous lanes, and w and b that are both one a
-// row or both one a lane. Where an operand is not like that, or a set has to be scaled, the tile goes through buffers
-// in L1, a patch at a time; the bits are the same. Nothing is ever copied as a whole.
+// row or both one a lane, and of the type of arithmetic. Where an operand is not like that, or a set has to be scaled,
+// the tile goes through buffers in L1, a patch at a time, and is converted on the way; the bits are the same. Nothing
+// is ever copied as a whole.
 #pragma once
 
 #include "../nest.h"
@@ -12,6 +13,7 @@ namespace normkit::cpu {
 struct Strided {
     const char* p = nullptr;
     index_t row = 0, lane = 0;
+    Dtype dtype = Dtype::none;
 
     const char* at(index_t r, index_t l) const { return p + r * row + l * lane; }
 };
@@ -29,42 +31,47 @@ Strided one();
 template <class T>
 Strided zero();
 
-template <class T>
-using ApplyKernel = void (*const)(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes, bool stream);
+// The kernels for elements as they lie in memory, and for buffers, whose elements are of the type of arithmetic.
+template <class X>
+struct KernelPair {
+    const Kernels<X>& direct;
+    const Kernels<Compute<X>>& packed;
+};
 
-// kernel: k.apply_along (s.lane = 0) or k.apply_down (s.lane = 1).
-template <class T>
-void apply(ApplyKernel<T> (&kernel)[2], Strided x, Strided y, Strided w, Strided b, const TileStatistics<T>& s,
+// k.apply_along where the statistics are one a row (s.lane = 0), k.apply_down where they are one a lane (1).
+template <class X>
+void apply(const KernelPair<X>& k, Strided x, Strided y, Strided w, Strided b, const TileStatistics<Compute<X>>& s,
            index_t rows, index_t lanes, bool stream);
 
 // dx, the sums down each lane, or both: k.dx_along where only dx is wanted and the statistics are one a row, else
 // k.backward_down. dx.p or sum_g may be null.
-template <class T>
-void backward(const Kernels<T>& k, Strided dy, Strided x, Strided w, Strided dx, const TileStatistics<T>& s,
+template <class X>
+void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx, const TileStatistics<Compute<X>>& s,
               index_t rows, index_t lanes, double* sum_g, double* sum_g_xhat, bool stream);
 
 // One leaf of one set: s.row = s.lane = 0.
-template <class T>
-Sums sums_along(const Kernels<T>& k, Strided dy, Strided x, Strided w, const TileStatistics<T>& s, index_t rows,
-                index_t lanes);
+template <class X>
+Sums sums_along(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const TileStatistics<Compute<X>>& s,
+                index_t rows, index_t lanes);
 
 // The same for `leaves` sets that are one run each: rows of dy and x, and number i * s.row of the statistics.
-template <class T>
-void sums_of_rows(const Kernels<T>& k, Strided dy, Strided x, Strided w, const TileStatistics<T>& s, index_t leaves,
-                  index_t lanes, Sums* out);
+template <class X>
+void sums_of_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const TileStatistics<Compute<X>>& s,
+                  index_t leaves, index_t lanes, Sums* out);
 
-// `leaves` leaves of one shape, `leaf` bytes apart.
-template <class T>
-void moments_along(const Kernels<T>& k, Strided x, index_t rows, index_t lanes, index_t leaf, index_t leaves,
-                   bool center, Moments* out);
+// `leaves` leaves of one shape, `leaf` bytes apart. Origin: as the kernel.
+template <class X>
+void moments_along(const KernelPair<X>& k, Strided x, In origin, index_t rows, index_t lanes, index_t leaf,
+                   index_t leaves, bool center, Moments* out);
 
 // As the kernel.
-template <class T>
-void moments_down(const Kernels<T>& k, Strided x, index_t rows, index_t lanes, index_t seen, bool center, double* mean,
-                  double* m2);
+template <class X>
+void moments_down(const KernelPair<X>& k, Strided x, const Compute<X>* origin, index_t rows, index_t lanes,
+                  index_t seen, bool center, double* mean, double* M2);
 
-// Copies a tile into rows of `lanes` elements.
-template <class T>
-void gather(Strided from, index_t rows, index_t lanes, T* out);
+// Copies a tile into rows of `lanes` elements: as they are (E: the element type of `from`), or converted (E: a type of
+// arithmetic).
+template <class E>
+void gather(Strided from, index_t rows, index_t lanes, E* out);
 
 }  // namespace normkit::cpu

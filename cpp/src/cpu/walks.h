@@ -12,36 +12,71 @@ constexpr index_t kPieceBytes = 256 * 1024;  // of work handed to a thread at a 
 constexpr index_t kNearBytes = 64 * 1024;    // of small sets whose moments are taken before they are applied
 constexpr index_t kSetsAtOnce = 64;
 
-template <class T>
-void rows_forward(const Plan& plan, const ForwardCall& call, const Kernels<T>& kernels, const Schedule& schedule);
-template <class T>
-void rows_backward(const Plan& plan, const BackwardCall& call, const Kernels<T>& kernels, const Schedule& schedule);
-template <class T>
-void columns_forward(const Plan& plan, const ForwardCall& call, const Kernels<T>& kernels, const Schedule& schedule);
-template <class T>
-void columns_backward(const Plan& plan, const BackwardCall& call, const Kernels<T>& kernels, const Schedule& schedule);
+// Elements that are worked on without a look at whether to give up: about a millisecond.
+constexpr index_t kLongestPiece = index_t{1} << 20;
+
+template <class X>
+void rows_forward(const Plan& plan, const ForwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule);
+template <class X>
+void rows_backward(const Plan& plan, const BackwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule);
+template <class X>
+void columns_forward(const Plan& plan, const ForwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule);
+template <class X>
+void columns_backward(const Plan& plan, const BackwardCall& call, const KernelPair<X>& kernels,
+                      const Schedule& schedule);
 
 // An operand on a tile of a nest; null stays null.
-inline Strided operand(const char* base, const Offsets& at, const Tiles& tiles, Operand o) {
-    return {base ? base + at[o] : nullptr, tiles.rows.stride[o], tiles.lanes.stride[o]};
+inline Strided operand(const char* base, Dtype dtype, const Offsets& at, const Tiles& tiles, Operand o) {
+    return {base ? base + at[o] : nullptr, tiles.rows.stride[o], tiles.lanes.stride[o], dtype};
 }
 
-// Statistic number i, to whichever of the caller's arrays there are.
-inline void write_statistics(const ForwardCall& call, index_t i, const Moments& m, double rstd) {
-    if (call.mean) call.mean[i] = m.mean;
-    if (call.rstd) call.rstd[i] = rstd;
-    if (call.m2) call.m2[i] = m.m2;
+// Weight or bias on a tile; `absent` where there is none.
+inline Strided parameter(const char* base, Dtype dtype, const Offsets& at, const Tiles& tiles, Operand o,
+                         Strided absent) {
+    return base ? operand(base, dtype, at, tiles, o) : absent;
+}
+
+// What the means of a set of float64 are less of (kernels.h): its first element. Other dtypes: 0.
+template <class X>
+double origin_of(const char* set, bool center) {
+    return center && kDtype<X> == Dtype::float64 ? to_double(read<X>(set)) : 0;
+}
+
+// A set's statistics from its moments: to whichever of the caller's arrays there are, as number i, and back for the
+// kernels. `axes`, `x`: the set, in case it has to be done again.
+template <class X>
+Statistic finish_set(const ForwardCall& call, const Nest& axes, const char* x, bool center, const Moments& m,
+                     index_t i) {
+    double M2 = m.M2;
+    Statistic s;
+    if (is_doubtful<Compute<X>>(m, call.eps)) {
+        const ScaledMoments again = moments_in_double<X>(axes, x, center);
+        s = statistic_from(again.moments, again.origin, again.scale, call.eps);
+        M2 = again.moments.M2 / again.scale / again.scale;
+    } else {
+        s = statistic_from(m, origin_of<X>(x, center), call.eps);
+    }
+    if (call.mean) call.mean[i] = s.mean;
+    if (call.rstd) call.rstd[i] = s.rstd;
+    if (call.M2) call.M2[i] = M2;
+    return s;
+}
+
+inline Statistic given_statistic(const ForwardCall& call, index_t i) { return {call.mean[i], 0, call.rstd[i]}; }
+inline Statistic given_statistic(const BackwardCall& call, index_t i) {
+    return {call.mean ? call.mean[i] : 0, 0, call.rstd[i]};
 }
 
 // dx on a tile (if wanted), and the sums of dy and dy * xhat down its lanes (where sum_g is not null).
 // Constant statistics: dx = rstd * w * dy is the forward formula on dy with mean 0; it needs lanes <= 2048 where s.lane
 // is 1, and s.row = 0 where it is 0.
-template <class T>
-void write_dx(const Kernels<T>& k, const BackwardCall& call, const Offsets& at, const Tiles& tiles, index_t rows,
-              index_t lanes, const TileStatistics<T>& s, double* sum_g, double* sum_g_xhat, bool stream) {
-    const Strided dy = operand(call.dy, at, tiles, kDy), x = operand(call.x, at, tiles, kX);
-    const Strided w = call.weight ? operand(call.weight, at, tiles, kWeight) : one<T>();
-    const Strided dx = operand(call.dx, at, tiles, kY);
+template <class X>
+void write_dx(const KernelPair<X>& k, const BackwardCall& call, const Offsets& at, const Tiles& tiles, index_t rows,
+              index_t lanes, const TileStatistics<Compute<X>>& s, double* sum_g, double* sum_g_xhat, bool stream) {
+    using T = Compute<X>;
+    const Strided dy = operand(call.dy, call.dtype, at, tiles, kDy), x = operand(call.x, call.dtype, at, tiles, kX);
+    const Strided w = parameter(call.weight, call.weight_dtype, at, tiles, kWeight, one<T>());
+    const Strided dx = operand(call.dx, call.dtype, at, tiles, kY);
     if (call.dx && !call.constant_statistics) {
         backward(k, dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat, stream);
         return;
@@ -50,14 +85,21 @@ void write_dx(const Kernels<T>& k, const BackwardCall& call, const Offsets& at, 
     if (call.dx) {
         TileStatistics<T> about_zero = s;
         about_zero.hi = about_zero.lo = reinterpret_cast<const T*>(zero<T>().p);
-        apply(s.lane ? k.apply_down : k.apply_along, dy, dx, w, zero<T>(), about_zero, rows, lanes, stream);
+        apply(k, dy, dx, w, zero<T>(), about_zero, rows, lanes, stream);
     }
 }
 
 // The gradient of parameter number p, to whichever of the caller's arrays there are.
 inline void write_parameter(const BackwardCall& call, index_t p, const Sums& sums) {
-    if (call.dweight) call.dweight[p] = static_cast<float>(sums.g_xhat);
-    if (call.dbias) call.dbias[p] = static_cast<float>(sums.g);
+    const auto write = [p](char* to, Dtype dtype, double v) {
+        if (dtype == Dtype::float32) {  // most are, and a layer norm writes very many
+            reinterpret_cast<float*>(to)[p] = static_cast<float>(v);
+        } else if (to) {
+            write_double(to + p * size_of(dtype), dtype, v);
+        }
+    };
+    write(call.dweight, call.dweight_dtype, sums.g_xhat);
+    write(call.dbias, call.dbias_dtype, sums.g);
 }
 
 inline Buffer<Sums> zeroed_sums(const BackwardCall& call) {
@@ -72,7 +114,7 @@ inline void write_parameters(const BackwardCall& call, const Sums* sums) {
 
 // The gradients of the parameters where neither walk comes by them on its way (axes that carry parameters lie outside
 // or between the ones that are summed): each in double, over all elements that share it.
-template <class T>
+template <class X>
 void sum_parameters(const Plan& plan, const BackwardCall& call, int threads);
 
 }  // namespace normkit::cpu
