@@ -423,7 +423,6 @@ if __name__ == "__main__":
 
 @needs_fork
 @needs_torch
-@pytest.mark.slow
 @pytest.mark.parametrize("first", ["torch", "normkit"])
 def test_a_dataset_of_torch_normalizes_in_forked_workers(first):
     """After both have computed in parallel; the first to be imported has brought the OpenMP runtime."""
