@@ -8,6 +8,9 @@ namespace {
 // Less work than this for each thread costs more to hand out than it saves.
 constexpr index_t kElementsPerThread = 16 * 1024;
 
+// More threads than this help nobody, and an OpenMP library that can't start as many as it is asked for ends the process.
+constexpr int kMostThreads = 1024;
+
 // Results at least this large are written past the caches, if their rows are long enough that whole cache lines are
 // most of what is written. What the system says of L3 is no guide where machines are shared: measured, see
 // docs/decisions/0002-schedule.md.
@@ -37,6 +40,7 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
     Schedule s;
     const index_t most = plan.total / kElementsPerThread;
     s.threads = get_num_threads();
+    if (s.threads > kMostThreads) s.threads = kMostThreads;
     if (s.threads > most) s.threads = most < 1 ? 1 : static_cast<int>(most);
 
     if (plan.walk == Walk::rows) {

@@ -19,9 +19,9 @@ function           S, for x of shape (N, C, H, W)                 weight and bia
 =================  =============================================  ==========================
 
 Each has a `_forward`, which also returns the statistics, and a `_backward`, which takes them and returns gradients.
-Data is float64, float32, float16 or the bfloat16 of ml_dtypes. A result does not depend on the number of threads, nor on
-the instruction set of the machine: not by a bit. `normkit.nn` has layers that keep their own weights, statistics and
-gradients; `moments` and `Moments` are count, mean and M2, to be merged.
+Data is float64, float32, float16 or the bfloat16 of ml_dtypes. No bit of a result depends on the number of threads, nor
+on the instruction set of the machine. `normkit.nn` has layers that keep their own weights, statistics and gradients;
+`moments` and `Moments` are count, mean and M2, to be merged.
 """
 
 from . import nn
