@@ -240,7 +240,8 @@ std::optional<py::array> statistics_array(const Spec& spec, const View& x, py::h
     for (int d = 0; d < ndim; ++d) {
         if (view.shape[d] != shape[d]) return std::nullopt;
     }
-    return py::array_t<double, py::array::c_style>(py::reinterpret_borrow<py::object>(o));
+    constexpr int kAsTheCoreReads = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+    return py::array_t<double, kAsTheCoreReads>(py::reinterpret_borrow<py::object>(o));
 }
 
 // Whether a signal handler wants the call to end; its exception is then set. Called without the GIL.

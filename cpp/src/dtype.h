@@ -9,30 +9,28 @@
 
 namespace normkit {
 
-// Arithmetic<X>::type is what elements X are computed in; kDtype<X> and Element<dtype>::type are the two ways through
-// the list.
+// What the list says of an element X, and the way back from a dtype.
 template <class X>
-struct Arithmetic;
-template <class X>
-constexpr Dtype kDtype = Dtype::none;
+struct RowOf;
 template <Dtype>
 struct Element;
-#define NORMKIT_ROW(name, element, arithmetic)     \
-    template <>                                    \
-    struct Arithmetic<element> {                   \
-        using type = arithmetic;                   \
-    };                                             \
-    template <>                                    \
-    constexpr Dtype kDtype<element> = Dtype::name; \
-    template <>                                    \
-    struct Element<Dtype::name> {                  \
-        using type = element;                      \
+#define NORMKIT_ROW(name, element, arithmetic)       \
+    template <>                                      \
+    struct RowOf<element> {                          \
+        using Arithmetic = arithmetic;               \
+        static constexpr Dtype kDtype = Dtype::name; \
+    };                                               \
+    template <>                                      \
+    struct Element<Dtype::name> {                    \
+        using type = element;                        \
     };
 NORMKIT_FOR_DTYPES(NORMKIT_ROW)
 #undef NORMKIT_ROW
 
 template <class X>
-using Compute = typename Arithmetic<X>::type;
+constexpr Dtype kDtype = RowOf<X>::kDtype;
+template <class X>
+using Compute = typename RowOf<X>::Arithmetic;
 template <Dtype dtype>
 using ElementOf = typename Element<dtype>::type;
 

@@ -8,7 +8,8 @@ namespace {
 // Less work than this for each thread costs more to hand out than it saves.
 constexpr index_t kElementsPerThread = 16 * 1024;
 
-// More threads than this help nobody, and an OpenMP library that can't start as many as it is asked for ends the process.
+// More threads than this help nobody, and an OpenMP library that can't start as many as it is asked for ends the
+// process.
 constexpr int kMostThreads = 1024;
 
 // Results at least this large are written past the caches, if their rows are long enough that whole cache lines are

@@ -3,6 +3,10 @@
 #include <atomic>
 #include <cstdlib>
 
+#if defined(NORMKIT_X86)
+#include <cpuid.h>
+#endif
+
 #include "kernels.h"
 
 namespace normkit {
@@ -19,7 +23,11 @@ namespace {
 
 bool always() { return true; }
 #if defined(NORMKIT_X86)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
+bool has_avx2() {
+    // Clang's __builtin_cpu_supports does not know f16c.
+    unsigned a, b, c = 0, d;
+    return __builtin_cpu_supports("avx2") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
 bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
