@@ -222,7 +222,7 @@ def test_main_on_mnist_files(tmp_path, capsys):
 
 def test_readme_example():
     """The lines under "Use it" run as they stand, and give what they name."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
     names = {}
     exec(code, names)
     assert names["dx"].shape == names["x"].shape

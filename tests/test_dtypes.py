@@ -386,3 +386,12 @@ def test_statistics_are_float64(rng, dtype):
         dy = random(rng, x.shape, dtype=dtype)
         dx, other = (nk.layer_norm_backward(dy, x, m, rstd, 300)[0] for m in (mean, mean.astype("f4").astype("f8")))
         assert (dx != other).mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "bfloat16"])
+def test_native_order_named_outright(rng, dtype):
+    """'<f4' on a little-endian machine is float32, though the dtype object is another one."""
+    x = random(rng, (4, 6)).astype(dtype)
+    outright = x.view(x.dtype.newbyteorder("<" if sys.byteorder == "little" else ">"))
+    y = nk.layer_norm(outright, 6, outright[0], out=np.empty_like(outright))
+    bounds.assert_same_bits(y, nk.layer_norm(x, 6, x[0]))

@@ -165,22 +165,31 @@ def bad_kind(calls, name, way):
 
 # As NumPy writes them, but for longdouble, which has another name on each platform.
 OTHERS = {
-    **{str(np.dtype(other)): other for other in (bool, np.int32, np.uint8, np.complex64, object, "M8[s]", "U3", "S1")},
-    **{str(np.dtype(other)): other for other in ([("re", np.float32)], "V4", ml_dtypes.float8_e4m3fn)},
+    **{str(np.dtype(other)): other for other in (bool, np.int32, np.uint8, np.complex64, object, "M8[s]", "U3", "S2")},
+    **{str(np.dtype(other)): other for other in ([("re", np.float32)], "V4", "V2", ml_dtypes.float8_e4m3fn)},
     "longdouble": np.longdouble,
 }
 NEAREST = {"longdouble": "float64"}  # else float32
+# What no cast makes right.
+NO_NUMBER = {str(np.dtype(other)) for other in (np.complex64, "M8[s]", "U3", "S2", [("re", np.float32)], "V4")}
 
 
 def bad_dtypes(calls, name, allowed, way, why="", dtype="float32"):
     """What is not accepted for an array of these dtypes: all others, and these in the other byte order."""
     for came, other in {**OTHERS, **DTYPES}.items():
         if came not in allowed:
-            message = f"{name} must be {one_of(allowed)}{why}, got {came}; " + way.format(NEAREST.get(came, "float32"))
+            if "astype" not in way:
+                out = way
+            elif came == "|V2":
+                out = f"if these are bfloat16, view them with {name}.view(ml_dtypes.bfloat16)"
+            else:
+                out = "pass an array of real numbers" if came in NO_NUMBER else way.format(NEAREST.get(came, "float32"))
+            message = f"{name} must be {one_of(allowed)}{why}, got {came}; {out}"
             bad(calls, TypeError, message, dtype, **in_dtype(name, other))
     for native in allowed:
         other = np.dtype(DTYPES[native]).newbyteorder("S")
-        message = f"{name} must be {one_of(allowed)} in native byte order{why}, got {other}; "
+        came = other.byteorder + "bfloat16" if native == "bfloat16" else other
+        message = f"{name} must be {one_of(allowed)} in native byte order{why}, got {came}; "
         message += way.format("float32" if native == "bfloat16" else native)
         bad(calls, TypeError, message, dtype, **in_dtype(name, other))
 
@@ -314,6 +323,8 @@ for norm, kind, shape, statistics, way, changes in (
 for name, where in (("eps", calls(**FORWARD)), ("momentum", UPDATING), ("ddof", UPDATING)):
     for value in ("1e-5", b"1", 1j, True, [1.0], np.zeros(2)):
         bad(where, TypeError, f"{name} must be a float, got {type(value).__name__}", **{name: value})
+    for value in (np.array(0.5), np.array([0.5], np.float32)):
+        bad(where, TypeError, f"{name} must be a float, got ndarray; pass {name}.item()", **{name: value})
     expected = "finite" if name == "momentum" else "finite and at least 0"
     for value in (float("nan"), float("inf"), -float("inf"), 10**400):
         bad(where, ValueError, f"{name} must be {expected}, got {value}", **{name: value})
@@ -598,7 +609,7 @@ for shape in ([4, 5], (np.int64(4), np.int8(5)), range(4, 6), np.array([4, 5])):
     good(calls("layer_norm", "rms_norm"), f"normalized_shape={shape!r}", normalized_shape=shape)
 for axes in ([1, 3], (3, 1), (-3, -1), (np.int64(1), np.int8(3)), typed_array("q", [1, 3])):
     good(calls("normalize"), f"axes={axes!r}", axes=axes)
-for eps in (0, 0.0, 1, np.float32(1e-5), np.float64(1e-5), np.array(1e-5)):
+for eps in (0, 0.0, 1, np.float32(1e-5), np.float64(1e-5)):
     good(calls(**FORWARD), f"eps={eps!r}", eps=eps)
 good(calls("rms_norm", **FORWARD), "eps=None", eps=None)
 for momentum in (0, 1, -0.5, 2.5, np.float32(0.1)):

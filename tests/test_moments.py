@@ -280,6 +280,22 @@ CONSTRUCTORS = [
     ((2, 1j, 0.0), TypeError, "mean must be a float or an array of floats, got complex"),
     ((2, np.zeros(3), np.zeros(2)), ValueError, "M2 must have the shape of mean, (3,), got (2,)"),
     ((2, np.zeros(3), 0.0), ValueError, "M2 must have the shape of mean, (3,), got ()"),
+    (
+        (2, np.zeros(3), [0.0, -1.5, np.nan]),
+        ValueError,
+        "M2 must not be negative, got -1.5; it is the sum of squares of x - mean",
+    ),
+    (
+        (2, np.ma.masked_array([1.0, 2.0], [0, 1]), np.zeros(2)),
+        TypeError,
+        "mean must be a plain numpy.ndarray, got MaskedArray; fill it with mean.filled(value)",
+    ),
+    (
+        (2, np.zeros((1, 2)), np.ones((1, 2)).view(np.matrix)),
+        TypeError,
+        "M2 must be a plain numpy.ndarray, got matrix; view it with np.asarray(M2)",
+    ),
+    ((np.array(2), 0.0, 0.0), TypeError, "count must be a float, got ndarray; pass count.item()"),
 ]
 
 

@@ -275,6 +275,18 @@ def test_frozen(rng, row, options):
     assert layer.num_batches_tracked == before["num_batches_tracked"] + 1
 
 
+@every_tracking_layer
+def test_frozen_needs_running_statistics(rng, row, options):
+    layer = row.make(track_running_stats=False)
+    x = random(rng, row.case.shape)
+    layer.frozen = True
+    for mode in (True, False):
+        with pytest.raises(ValueError, match=r"^frozen = True needs running statistics, got a layer without them; "):
+            layer.train(mode)(x)
+    layer.frozen = False
+    assert layer(x).shape == x.shape
+
+
 @pytest.mark.parametrize("axis", [2, -1])
 @pytest.mark.parametrize("norm", ["batch", "instance", "group"])
 def test_channel_axis(rng, norm, axis):
@@ -506,6 +518,19 @@ def test_single_value_per_channel(rng):
     assert_same_state(layer, before)
 
 
+@every_tracking_layer
+def test_the_way_out_of_a_single_value_is_one_of_layers(rng, row, options):
+    x = random(rng, (1, 6, 1))
+    more = {"batch": "samples", "instance": "space"}[row.case.norm]
+    layer = row.make(**options)
+    with pytest.raises(ValueError, match=rf"got x of shape \(1, 6, 1\); use more {more}, or eval\(\)$"):
+        layer(x)
+    assert np.isfinite(layer.eval()(x)).all()
+    layer = row.make(track_running_stats=False)
+    with pytest.raises(ValueError, match=rf"; use more {more}, or track_running_stats=True and eval\(\)$"):
+        layer.eval()(x)
+
+
 @every_layer
 def test_backward_that_raises_may_be_repeated(rng, row):
     layer, other = (row.make() for _ in range(2))
@@ -561,22 +586,22 @@ CONSTRUCTORS = [
     (
         lambda: nn.InstanceNorm(2, dtype=np.int64),
         TypeError,
-        "dtype must be float64 or float32 or float16 or bfloat16, got <class 'numpy.int64'>",
+        "dtype must be float64, float32, float16 or bfloat16, got <class 'numpy.int64'>",
     ),
     (
         lambda: nn.InstanceNorm(2, dtype=None),
         TypeError,
-        "dtype must be float64 or float32 or float16 or bfloat16, got None",
+        "dtype must be float64, float32, float16 or bfloat16, got None",
     ),
     (
         lambda: nn.InstanceNorm(2, dtype=">f4"),
         TypeError,
-        "dtype must be float64 or float32 or float16 or bfloat16, got '>f4'",
+        "dtype must be float64, float32, float16 or bfloat16, got '>f4'",
     ),
     (
         lambda: nn.InstanceNorm(2, dtype="half a float"),
         TypeError,
-        "dtype must be float64 or float32 or float16 or bfloat16, got 'half a float'",
+        "dtype must be float64, float32, float16 or bfloat16, got 'half a float'",
     ),
     (lambda: nn.GroupNorm(4, 6), ValueError, "num_groups must divide num_channels, 6, got 4"),
     (lambda: nn.GroupNorm(0, 6), ValueError, "num_groups must be at least 1, got 0"),
@@ -704,7 +729,32 @@ REFUSED = [
         TypeError,
         "num_batches_tracked must be int64, or exact in it, got bool; convert it with .astype('int64')",
     ),
+    (
+        "weight",
+        np.zeros(3, "V2"),  # bfloat16 that went through an .npz file
+        TypeError,
+        "weight must be float32, or exact in it, got |V2; if these are bfloat16, view them with "
+        "weight.view(ml_dtypes.bfloat16)",
+    ),
     ("num_batches_tracked", np.zeros(1, np.int64), ValueError, "num_batches_tracked must have shape (), got (1,)"),
+    (
+        "num_batches_tracked",
+        np.array(-1),
+        ValueError,
+        "num_batches_tracked must be at least 0, got -1; it is a count",
+    ),
+    (
+        "bias",
+        np.ma.masked_array(np.zeros(3, np.float32), [0, 1, 0]),
+        TypeError,
+        "bias must be a plain numpy.ndarray, got MaskedArray; fill it with bias.filled(value)",
+    ),
+    (
+        "bias",
+        np.zeros((1, 3), np.float32).view(np.matrix),
+        TypeError,
+        "bias must be a plain numpy.ndarray, got matrix; view it with np.asarray(bias)",
+    ),
 ]
 
 
@@ -717,6 +767,23 @@ def test_load_refuses(rng, key, value, error, sentence):
         layer.load_state_dict({**state, key: value})
     assert str(raised.value) == sentence
     assert_same_state(layer, before)
+
+
+def test_load_into_a_read_only_array(rng):
+    """Seen before anything is written."""
+    layer = randomize(rng, nn.BatchNorm(3))
+    layer.running_var.flags.writeable = False
+    before = snapshot(layer)
+    with pytest.raises(ValueError, match=r"^the layer's own running_var must be writable, got a read-only array; set "):
+        layer.load_state_dict({name: np.zeros_like(array) for name, array in layer.state_dict().items()})
+    assert_same_state(layer, before)
+
+
+def test_load_the_own_arrays_under_other_keys(rng):
+    layer = randomize(rng, nn.LayerNorm(3))
+    before = snapshot(layer)
+    layer.load_state_dict({"weight": layer.bias, "bias": layer.weight})
+    assert_same_state(layer, {**before, "weight": before["bias"], "bias": before["weight"]})
 
 
 def test_load_refuses_what_is_no_mapping():

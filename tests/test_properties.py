@@ -184,12 +184,15 @@ def test_normalizing_twice_is_normalizing_once(data):
     """y has mean 0 and variance 1 (eps = 0), as far as the bound of y reaches."""
     case = data.draw(cases())
     assume(case.set_size > 1)
-    y = case.plain(gaussian(data.draw(seeds), case), eps=0.0)
+    x = gaussian(data.draw(seeds), case)
     view, axes, _ = case.sets
-    y = y.reshape(view).astype(np.float64)
+    sets = x.reshape(view).astype(np.float64)
+    varied = sets.max(axes, keepdims=True) > sets.min(axes, keepdims=True)  # two numbers of 16 bits may well be equal
+    y = np.where(varied, case.plain(x, eps=0.0).reshape(view).astype(np.float64), np.nan)
     error = bounds.forward_bound(case.dtype, y, y, 1.0, 0.0)
     mean_error, square_error = (a.mean(axes, keepdims=True) for a in (error, error * (2 * np.abs(y) + error)))
     if case.row.center:
-        bounds.assert_within("mean of y", y.mean(axes, keepdims=True), np.zeros_like(mean_error), mean_error)
-    square = (y**2).mean(axes, keepdims=True)
-    bounds.assert_within("mean square of y", square, np.ones_like(square), square_error)
+        mean = y.mean(axes, keepdims=True)
+        bounds.assert_within("mean of y", mean[varied], np.zeros_like(mean[varied]), mean_error[varied])
+    square = (y**2).mean(axes, keepdims=True)[varied]
+    bounds.assert_within("mean square of y", square, np.ones_like(square), square_error[varied])

@@ -453,3 +453,43 @@ def test_a_dataset_of_torch_normalizes_in_forked_workers(first):
         print("done")
     """
     assert run_script(script) == ["done"]
+
+
+@needs_fork
+@needs_torch
+@pytest.mark.parametrize("first", ["torch", "normkit"])
+def test_a_forked_child_of_a_parent_where_only_torch_has_computed(first):
+    """The OpenMP runtime may be one for both, and its threads torch's doing. The child is normkit's first user."""
+    main = """
+import torch
+
+torch.set_num_threads(2)
+torch.mm(torch.ones(500, 500), torch.ones(500, 500))
+child = os.fork()
+if child == 0:
+    signal.alarm(SECONDS)
+    nk.set_num_threads(2)
+    os._exit(0 if np.array_equal(nk.layer_norm(x, 61), nk.layer_norm(x[::1], 61)) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+""".replace("SECONDS", str(HANG // 4))
+    assert run_script(f"import {first}\n" + PARALLEL + main) == ["0"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("call", ["while True: nk.layer_norm(x, 61)", "nk.moments(np.broadcast_to(x[:1], shape), 0)"])
+def test_the_interpreter_ends_while_a_daemon_thread_computes(threads, call):
+    """Short calls one after the other, and one that would take hours."""
+    main = f"""
+nk.set_num_threads({threads})
+shape = (2**30, *x[0].shape)
+
+
+def compute():
+    {call}
+
+
+threading.Thread(target=compute, daemon=True).start()
+threading.Event().wait(0.3)
+print("done")
+"""
+    assert run_script(PARALLEL + main) == ["done"]

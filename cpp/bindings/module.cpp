@@ -4,9 +4,12 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <exception>
 #include <optional>
+#include <thread>
 
 #include "normkit/normkit.h"
 
@@ -47,6 +50,9 @@ bool plain_array(py::handle o) {
     return !PyType_IsSubtype(type, numpy_types.matrix) && !PyType_IsSubtype(type, numpy_types.masked);
 }
 
+// A dtype may also name this machine's byte order outright.
+constexpr char kNativeOrder = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? '<' : '>';
+
 // bfloat16 is not NumPy's own: ml_dtypes registers it, under a number that is known once somebody has imported it.
 int bfloat16_number = -1;
 
@@ -62,7 +68,7 @@ bool is_bfloat16(const py::dtype& d) {
 
 Dtype dtype_of(const py::array& a) {
     const py::dtype d = a.dtype();
-    if (d.byteorder() != '=') return Dtype::none;
+    if (d.byteorder() != '=' && d.byteorder() != kNativeOrder) return Dtype::none;
     switch (d.num()) {
         case py::detail::npy_api::NPY_FLOAT_: return Dtype::float32;
         case py::detail::npy_api::NPY_DOUBLE_: return Dtype::float64;
@@ -87,11 +93,20 @@ bool to_view(py::handle o, View* view, bool written = false) {
     return view->dtype != Dtype::none;
 }
 
+// Drops the error of an argument that can't be converted. What is not about the argument, no memory or Ctrl-C, goes on.
+void drop_error() {
+    if (!PyErr_Occurred()) return;
+    if (PyErr_ExceptionMatches(PyExc_MemoryError) || !PyErr_ExceptionMatches(PyExc_Exception)) {
+        throw py::error_already_set();
+    }
+    PyErr_Clear();
+}
+
 std::optional<index_t> to_index(py::handle o) {
     if (!PyIndex_Check(o.ptr()) || PyBool_Check(o.ptr())) return std::nullopt;
     const Py_ssize_t i = PyNumber_AsSsize_t(o.ptr(), PyExc_OverflowError);
     if (i == -1 && PyErr_Occurred()) {
-        PyErr_Clear();
+        drop_error();
         return std::nullopt;
     }
     return i;
@@ -102,10 +117,11 @@ std::optional<double> to_double(py::handle o) {
         PyTypeObject* const type = Py_TYPE(o.ptr());
         if (PyBool_Check(o.ptr()) || PyType_IsSubtype(type, numpy_types.boolean)) return std::nullopt;
         if (PyType_IsSubtype(type, numpy_types.complex) || !PyNumber_Check(o.ptr())) return std::nullopt;
+        if (py::detail::npy_api::get().PyArray_Check_(o.ptr())) return std::nullopt;
     }
     const double v = PyFloat_AsDouble(o.ptr());
     if (v == -1 && PyErr_Occurred()) {
-        PyErr_Clear();
+        drop_error();
         return std::nullopt;
     }
     return v;
@@ -132,14 +148,14 @@ Ints to_ints(py::handle o) {
     ints.sequence = true;
     const Py_ssize_t n = PySequence_Size(o.ptr());
     if (n < 0 || n > kMaxDims) {
-        PyErr_Clear();
+        drop_error();
         return ints;
     }
     for (Py_ssize_t i = 0; i < n; ++i) {
         const auto item = py::reinterpret_steal<py::object>(PySequence_GetItem(o.ptr(), i));
         const auto index = item ? to_index(item) : std::nullopt;
         if (!index) {
-            PyErr_Clear();
+            drop_error();
             return ints;
         }
         ints.values[i] = *index;
@@ -244,10 +260,38 @@ std::optional<py::array> statistics_array(const Spec& spec, const View& x, py::h
     return py::array_t<double, kAsTheCoreReads>(py::reinterpret_borrow<py::object>(o));
 }
 
+bool is_finalizing() {
+#if PY_VERSION_HEX >= 0x030D0000
+    return Py_IsFinalizing();
+#else
+    return _Py_IsFinalizing();
+#endif
+}
+
+// Takes the GIL again. A daemon thread may come here while the interpreter ends; Python then ends the thread by an
+// exception that no frame of C++ can let pass (Python 3.14 lets it sleep). So does this: the process ends without it.
+void take_gil(PyThreadState* state) {
+    const auto sleep = [] {
+        for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+    };
+    if (is_finalizing()) sleep();
+    try {
+        PyEval_RestoreThread(state);
+    } catch (...) {
+        sleep();
+    }
+}
+
+thread_local PyThreadState* waiting_state = nullptr;  // of the call in progress on this thread, without the GIL
+
 // Whether a signal handler wants the call to end; its exception is then set. Called without the GIL.
 bool is_signalled() {
-    py::gil_scoped_acquire acquired;
-    return PyErr_CheckSignals() != 0;
+    PyThreadState* const state = waiting_state;
+    take_gil(state);
+    const bool signalled = PyErr_CheckSignals() != 0;
+    PyEval_SaveThread();
+    waiting_state = state;  // the handler may have called normkit
+    return signalled;
 }
 
 // While it exists, this thread's calls of the core ask f. They nest: a signal handler may call normkit.
@@ -267,10 +311,19 @@ bool call(const View& x, F f) {
         const Asking nobody(nullptr);
         return f();
     }
+    PyThreadState* const state = waiting_state = PyEval_SaveThread();
+    bool done = false;
+    std::exception_ptr error;
     try {
-        py::gil_scoped_release released;
         const Asking python(is_signalled);
-        return f();
+        done = f();
+    } catch (...) {
+        error = std::current_exception();
+    }
+    take_gil(state);
+    if (!error) return done;
+    try {
+        std::rethrow_exception(error);
     } catch (const Interrupted&) {
         throw py::error_already_set();
     }
@@ -416,6 +469,7 @@ bool py_copy(py::handle from, py::handle to, bool stream) {
             stride *= v->shape[d];
         }
         if (v->dtype != Dtype::float32 || v->size() != source.size()) return false;
+        if (reinterpret_cast<std::uintptr_t>(v->data) % alignof(float) != 0) return false;
     }
     py::gil_scoped_release released;
     copy(static_cast<const float*>(source.data), static_cast<float*>(target.data), source.size(), stream);

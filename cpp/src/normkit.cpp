@@ -3,6 +3,7 @@
 #include "normkit/normkit.h"
 
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 
 #include "dtype.h"
@@ -13,6 +14,22 @@ namespace normkit {
 namespace {
 
 index_t magnitude(index_t v) { return v < 0 ? -v : v; }
+
+// Dimensions that can be: a view comes from anywhere.
+bool possible(const View& v) {
+    if (v.ndim < 0 || v.ndim > kMaxDims) return false;
+    for (int d = 0; d < v.ndim; ++d) {
+        if (v.shape[d] < 0) return false;
+    }
+    return true;
+}
+
+bool possible(std::initializer_list<const View*> views) {
+    for (const View* v : views) {
+        if (v->given() && !possible(*v)) return false;
+    }
+    return true;
+}
 
 // The bytes that a view can touch: [begin, end).
 struct Range {
@@ -114,6 +131,9 @@ void set(const View& v, index_t i, double value) {
     write_double(static_cast<char*>(v.data) + i * v.strides[0], v.dtype, value);
 }
 
+// A vector of more would throw std::length_error.
+constexpr index_t kMostStatistics = PTRDIFF_MAX / 32;
+
 index_t number_of_sets(const Problem& p) {
     index_t sets = 1;
     for (int i = 0; i < p.axes.n; ++i) {
@@ -212,6 +232,7 @@ int parameter_shape(const Spec& spec, const View& x, index_t* shape) {
 
 bool forward(const Spec& spec, const Forward& args) {
     Problem p;
+    if (!possible({&args.x, &args.y, &args.weight, &args.bias, &args.running_mean, &args.running_var})) return false;
     if (!args.x.given() || !make_problem(spec, args.x, &p)) return false;
     if (args.y.given() && !add_array(spec, args.y, args.x, kY, &p)) return false;
     if (!add_parameter(spec, args.weight, args.x, kWeight, &p)) return false;
@@ -240,6 +261,7 @@ bool forward(const Spec& spec, const Forward& args) {
     call.M2 = args.M2;
     std::vector<double> moments;
     if (args.running_mean.given()) {
+        if (plan.sets > kMostStatistics) throw std::bad_alloc();
         moments.resize(2 * plan.sets);
         if (!call.mean) call.mean = moments.data();
         if (!call.M2) call.M2 = moments.data() + plan.sets;
@@ -254,6 +276,7 @@ bool forward(const Spec& spec, const Forward& args) {
 
 bool evaluate(const Spec& spec, const Evaluate& args) {
     Problem p;
+    if (!possible({&args.x, &args.y, &args.weight, &args.bias, &args.running_mean, &args.running_var})) return false;
     if (!args.x.given() || !make_problem(spec, args.x, &p)) return false;
     if (!args.y.given() || !add_array(spec, args.y, args.x, kY, &p)) return false;
     if (!add_parameter(spec, args.weight, args.x, kWeight, &p)) return false;
@@ -265,8 +288,10 @@ bool evaluate(const Spec& spec, const Evaluate& args) {
     }
     // Instance norm: every sample has the statistics of its channels.
     const index_t channels = args.x.shape[spec.channel_axis], sets = number_of_sets(p);
-    std::vector<double> statistics(2 * (sets > channels ? sets : channels));
-    double *mean = statistics.data(), *rstd = mean + statistics.size() / 2;
+    const index_t length = sets > channels ? sets : channels;
+    if (length > kMostStatistics) throw std::bad_alloc();
+    std::vector<double> statistics(2 * length);
+    double *mean = statistics.data(), *rstd = mean + length;
     get_all(args.running_mean, mean);
     get_all(args.running_var, rstd);
     bool negative = false;
@@ -296,6 +321,7 @@ bool evaluate(const Spec& spec, const Evaluate& args) {
 
 bool backward(const Spec& spec, const Backward& args) {
     Problem p;
+    if (!possible({&args.dy, &args.x, &args.weight, &args.dx, &args.dweight, &args.dbias})) return false;
     if (!args.x.given() || !make_problem(spec, args.x, &p)) return false;
     if (!add_array(spec, args.dy, args.x, kDy, &p)) return false;
     if (args.dx.given() && !add_array(spec, args.dx, args.x, kY, &p)) return false;

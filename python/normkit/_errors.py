@@ -46,7 +46,8 @@ _NEW_OUT = "create it with np.empty_like(x)"
 def _dtype_name(dtype: np.dtype[Any]) -> str:
     """The name by which the core knows a dtype, or one that tells it from those."""
     if not dtype.isnative:
-        return str(dtype)
+        # NumPy would call bfloat16 a V2, which is what it calls raw bytes.
+        return str(dtype) if dtype.type.__module__ == "numpy" else dtype.byteorder + dtype.newbyteorder("=").name
     if dtype.char == "g":
         return "longdouble"  # on some platforms NumPy calls it float64
     # bfloat16 goes by its name: ml_dtypes, which makes it, need not be installed. Others have made their own.
@@ -73,20 +74,36 @@ def _one_of(names: Sequence[str]) -> str:
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def _array(name: str, value: object, kind: _Kind) -> Array:
-    way = kind.way.format(name=name)
+def _plain(name: str, value: object, way: str) -> Array:
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be a numpy.ndarray, got {type(value).__name__}; {way}")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a plain numpy.ndarray, got MaskedArray; fill it with {name}.filled(value)")
     if isinstance(value, np.matrix):
         raise TypeError(f"{name} must be a plain numpy.ndarray, got matrix; view it with np.asarray({name})")
+    return value
+
+
+def _no_number(name: str, dtype: np.dtype[Any]) -> str:
+    """The way out for a dtype that no cast makes right, empty for the others."""
+    if dtype.kind not in "SUMmVc" or dtype.type.__module__ != "numpy":  # ml_dtypes' numbers are of kind V
+        return ""
+    if dtype == np.dtype("V2"):  # what np.load makes of bfloat16
+        return f"if these are bfloat16, view them with {name}.view(ml_dtypes.bfloat16)"
+    return "pass an array of real numbers"
+
+
+def _array(name: str, value: object, kind: _Kind) -> Array:
+    way = kind.way.format(name=name)
+    value = _plain(name, value, way)
     came = _dtype_name(value.dtype)
     if came not in kind.dtypes:
         native = came if value.dtype.isnative else _dtype_name(value.dtype.newbyteorder("="))
         expected = _one_of(kind.dtypes) + (" in native byte order" if native in kind.dtypes else "") + kind.why
         nearest = {"float64": "float64", "longdouble": "float64", "float16": "float16"}.get(native, "float32")
-        raise TypeError(f"{name} must be {expected}, got {came}; {kind.cast.format(name=name, nearest=nearest) or way}")
+        if kind.cast:
+            way = _no_number(name, value.dtype) or kind.cast.format(name=name, nearest=nearest)
+        raise TypeError(f"{name} must be {expected}, got {came}; {way}")
     return value
 
 
@@ -163,9 +180,11 @@ def _axis(name: str, value: int, ndim: int) -> int:
 
 
 def _finite(name: str, value: object, least: float = -math.inf) -> None:
+    if isinstance(value, np.ndarray):  # some versions of NumPy make a number of an array of one
+        way = f"; pass {name}.item()" if value.size == 1 else ""
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}{way}")
     try:
-        # NumPy before 2.4 makes a number of an array of one.
-        if _is_bool(value) or (isinstance(value, np.ndarray) and value.ndim > 0):
+        if _is_bool(value):
             raise TypeError
         finite = math.isfinite(value)  # type: ignore[arg-type]
     except OverflowError:

@@ -29,9 +29,9 @@ class Moments:
     Raises
     ------
     TypeError
-        `count` is no number, or `mean` or `M2` cannot be made float64.
+        `count` is no number, or `mean` or `M2` cannot be made float64, or is a masked array or a matrix.
     ValueError
-        `count` is negative, NaN or infinite, or the shapes differ.
+        `count` is negative, NaN or infinite, `M2` is negative, or the shapes differ.
 
     References
     ----------
@@ -58,6 +58,8 @@ class Moments:
         _errors._finite("count", count, least=0)
         values = {}
         for name, value in (("mean", mean), ("M2", M2)):
+            if isinstance(value, np.ndarray):
+                _errors._plain(name, value, "")
             try:
                 array = np.asarray(value)
             except ValueError:  # lists of different lengths
@@ -67,6 +69,9 @@ class Moments:
             values[name] = array.astype(np.float64, copy=False)
         if values["mean"].shape != values["M2"].shape:
             raise ValueError(f"M2 must have the shape of mean, {values['mean'].shape}, got {values['M2'].shape}")
+        if np.count_nonzero(values["M2"] < 0):
+            least = np.nanmin(values["M2"])
+            raise ValueError(f"M2 must not be negative, got {least}; it is the sum of squares of x - mean")
         for name, each in {"count": count, **values}.items():
             object.__setattr__(self, name, each)
 

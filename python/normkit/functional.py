@@ -1384,6 +1384,8 @@ def normalize_backward(
 def set_num_threads(n: SupportsIndex | None) -> None:
     """Set the number of threads for all calls of this process. It changes no bit of any result.
 
+    A forked child works on one thread, whatever is set: threads of OpenMP do not live on in it.
+
     Parameters
     ----------
     n : int or None
@@ -1413,7 +1415,7 @@ def get_num_threads() -> int:
     Returns
     -------
     int
-        As set by `set_num_threads`, or the default: `OMP_NUM_THREADS`, or all cores.
+        As set by `set_num_threads`, or the default: `OMP_NUM_THREADS`, or all cores. 1 in a forked child.
 
     Examples
     --------

@@ -90,7 +90,7 @@ def _dtype(value: DTypeLike) -> np.dtype[Any]:
     except TypeError:
         dtype = None
     if value is None or dtype is None or dtype.name not in names or not dtype.isnative:
-        raise TypeError(f"dtype must be {' or '.join(names)}, got {value!r}")
+        raise TypeError(f"dtype must be {_errors._one_of(names)}, got {value!r}")
     return dtype
 
 
@@ -103,16 +103,18 @@ def _count(name: str, value: SupportsIndex) -> int:
 
 def _check_entry(key: str, value: object, target: Array) -> None:
     """Accept what `target` holds exactly: float16 for float32, but never the other way."""
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"{key} must be a numpy.ndarray, got {type(value).__name__}; convert it with np.asarray")
+    value = _errors._plain(key, value, "convert it with np.asarray")
     floats = [each.dtype.name in _core.dtypes() for each in (value, target)]
     if floats[0] != floats[1] or value.dtype.kind == "b" or not np.can_cast(value.dtype, target.dtype):
-        way = f"convert it with .astype({target.dtype.name!r})"
+        way = _errors._no_number(key, value.dtype) or f"convert it with .astype({target.dtype.name!r})"
         if all(floats):
             way += f", or make the layer with dtype={value.dtype.name!r}"
         raise TypeError(f"{key} must be {target.dtype}, or exact in it, got {value.dtype}; {way}")
     if value.shape != target.shape:
         raise ValueError(f"{key} must have shape {target.shape}, got {value.shape}")
+    if target.dtype.kind == "i" and value < 0:
+        raise ValueError(f"{key} must be at least 0, got {value}; it is a count")
+    _errors._writable(f"the layer's own {key}", target, "set a copy of it in the layer")
 
 
 def _explain_keys(own: Iterable[str], missing: list[str], unexpected: list[str]) -> NoReturn:
@@ -323,7 +325,8 @@ class Layer(ABC):
         TypeError
             `state` is no mapping, or a value no array of an acceptable dtype.
         ValueError
-            A key is missing or unexpected, or a shape is wrong. A call that raises has changed nothing.
+            A key is missing or unexpected, a shape is wrong, a count negative, or an array of the layer read-only. A
+            call that raises has changed nothing.
 
         Examples
         --------
@@ -345,7 +348,9 @@ class Layer(ABC):
         found = [(key, state[key], target) for key, target in own.items() if key in state]
         for each in found:
             _check_entry(*each)
-        for _, value, target in found:
+        # All are read before one is written: `state` may hold the layer's own arrays under other keys.
+        values = [value.astype(target.dtype) for _, value, target in found]
+        for (_, _, target), value in zip(found, values, strict=True):
             target[...] = value
         return IncompatibleKeys(missing, unexpected)
 
@@ -425,6 +430,11 @@ class _TrackingLayer(_ChannelLayer):
 
     def _statistics(self) -> tuple[dict[str, Any], dict[str, Any]]:
         if self.running_mean is None or self.num_batches_tracked is None:
+            if self.frozen:
+                raise ValueError(
+                    "frozen = True needs running statistics, got a layer without them; "
+                    "make it with track_running_stats=True, or set frozen = False"
+                )
             return {self._flag: True}, {}
         given: dict[str, Any] = {"running_mean": self.running_mean, "running_var": self.running_var}
         if not self.training or self.frozen:
@@ -433,7 +443,15 @@ class _TrackingLayer(_ChannelLayer):
         return {self._flag: True}, {**given, "momentum": momentum, "ddof": self.ddof}
 
     def forward(self, x: Array) -> Array:
-        y = super().forward(x)
+        try:
+            y = super().forward(x)
+        except ValueError as error:
+            # The way out of one value per channel is that of the functions: an argument that layers do not have.
+            sentence, found, _ = str(error).partition(f", or {self._flag}=False")
+            if not found:
+                raise
+            way = "eval()" if self.num_batches_tracked is not None else "track_running_stats=True and eval()"
+            raise ValueError(f"{sentence}, or {way}") from None
         # An empty batch has no statistics: it moves none, and does not count.
         if self.training and not self.frozen and self.num_batches_tracked is not None and y.size:
             self.num_batches_tracked += 1
@@ -481,7 +499,7 @@ class BatchNorm(_TrackingLayer):
     frozen : bool
         Set it True to train what lies before the layer, weight and bias with the running statistics as constants:
         forward uses them and does not move them, and backward knows that they do not depend on x. Unlike `eval()`,
-        which saves nothing for a backward, it is not undone by `train()`.
+        which saves nothing for a backward, it is not undone by `train()`. A layer without running statistics refuses.
     training : bool
 
     References

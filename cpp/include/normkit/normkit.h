@@ -48,6 +48,7 @@ struct Spec {
     int normalized_dims = 1;  // layer, rms: how many trailing axes of x form the set
 };
 
+// What is written must not overlap anything else, but for y and dx as they say; of views this is checked.
 // Shapes below: "parameters" is (C,) for batch, instance and group, the trailing axes for layer and rms, and anything
 // that broadcasts against x for axes. "Statistics" are C-contiguous in the order of the axes of x that are kept:
 // (C,), (N, C), (N, G), the leading axes, the axes not reduced.
@@ -99,8 +100,8 @@ int parameter_shape(const Spec& spec, const View& x, index_t* shape);
 bool has_mean(Norm norm);
 
 // A function that this thread's long calls ask, several times a second, whether to give up; null (the default): they
-// are not interrupted. It is called on this thread. A call that is told to give up throws Interrupted; results may then
-// be half written, running statistics are as they were.
+// are not interrupted. It is called on this thread, and must not throw. A call that is told to give up throws
+// Interrupted; results may then be half written, running statistics are as they were.
 using ShouldStop = bool (*)();
 ShouldStop& this_thread_should_stop();
 struct Interrupted : std::exception {

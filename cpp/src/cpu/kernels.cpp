@@ -843,7 +843,8 @@ NK_INLINE void backward_down_rows(In dy, In x, In w, Out dx, Statistics<Compute<
                 const index_t o = bytes<X>(lane), ow = WLane ? bytes<Compute<X>>(lane) : 0;
                 backward_down_chunk<X, SLane, WLane, Dx, Sum, Stream, v>(
                     shifted(dy, r, o), shifted(x, r, o), shifted(w, r, ow), shifted(dx, r, o),
-                    shifted(s, SLane ? lane : r * s.row), n_rows, n, sum_g + lane, sum_g_xhat + lane);
+                    shifted(s, SLane ? lane : r * s.row), n_rows, n, Sum ? sum_g + lane : sum_g,
+                    Sum ? sum_g_xhat + lane : sum_g_xhat);
             },
             Stream ? head_of<X>(dx) : 0);
     }

@@ -17,15 +17,13 @@ namespace {
 
 std::atomic<int> chosen_threads{0};
 
-// libgomp's threads do not live on in a forked child, but it waits for them: a parallel region there never returns. The
-// child of a process that has started them works on one thread; the bits are the same.
+// libgomp's threads do not live on in a forked child, but it waits for them: a parallel region there never returns.
+// Whether they had been started can't be known, for another user of the library may have done it (torch shares it). So
+// every forked child works on one thread; the bits are the same.
 std::atomic<bool> is_forked_child{false};
 
 #if defined(_OPENMP)
-void watch_forks() {
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
-    (void)registered;
-}
+[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
 #endif
 
 int default_threads() {
@@ -107,6 +105,7 @@ void run_pieces(index_t pieces, int threads, PieceFunction piece, const void* co
     if (pieces <= 0) return;
     if (threads > pieces) threads = static_cast<int>(pieces);
     if (!should_stop && threads <= 1) {
+        const Watching nobody(nullptr, false);
         for (index_t i = 0; i < pieces; ++i) piece(context, i);
         finish_stores();
         return;
@@ -114,7 +113,6 @@ void run_pieces(index_t pieces, int threads, PieceFunction piece, const void* co
     Watch shared{should_stop};
     Watch* const watched = should_stop ? &shared : nullptr;
 #if defined(_OPENMP)
-    watch_forks();
     if (is_forked_child) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

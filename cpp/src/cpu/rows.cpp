@@ -162,15 +162,15 @@ class RowsForward {
                 for (index_t l = first; l < last;) l += some_leaves(x, l, last, &moments[set * leaves + l]);
             });
         }
-        for (index_t set = 0; set < plan_.sets; ++set) {
+        parallel_for(plan_.sets, schedule_.threads, [&](index_t set) {
             if (call_.given) {
                 statistics.put(set, given_statistic(call_, statistic(set)));
-                continue;
+                return;
             }
             Moments m = moments[set * leaves];
             for (index_t l = 1; l < leaves; ++l) m.merge(moments[set * leaves + l]);
             finish(set, m, set, statistics);
-        }
+        });
         if (!call_.y) return;
         const Tiles tiles(elements_, elements_per_piece(plan_, schedule_));
         // Backwards: what was read last is still in the last-level cache.

@@ -1,12 +1,16 @@
 #include "scratch.h"
 
+#include "parallel.h"
+
 namespace normkit::cpu {
 namespace {
 
+constexpr index_t kElementsAtOnce = index_t{1} << 20;  // between two looks at whether to give up
+
 template <class X, class F>
 void for_elements(const Nest& set, const char* x, F f) {
-    const Tiles tiles(set, 0);
-    for (index_t i = 0; i < tiles.count(); ++i) {
+    const Tiles tiles(set, kElementsAtOnce);
+    for (index_t i = 0; i < tiles.count() && !gives_up(); ++i) {
         const Tiles::Tile tile = tiles[i];
         for (index_t r = 0; r < tile.rows; ++r) {
             const char* p = x + tile.at[kX] + r * tiles.rows.stride[kX];
@@ -25,9 +29,17 @@ ScaledMoments moments_in_double(const Nest& set, const char* x, bool center) {
     ScaledMoments scaled;
     const double& scale = scaled.scale;
     if constexpr (kDtype<X> == Dtype::float64) {
-        double largest = 0;
-        for_elements<X>(axes, x, [&](double v) { largest = std::fabs(v) > largest ? std::fabs(v) : largest; });
-        if (largest > 0 && std::isfinite(largest)) {
+        double largest = 0, not_finite = 0;
+        for_elements<X>(axes, x, [&](double v) {
+            largest = std::fabs(v) > largest ? std::fabs(v) : largest;
+            if (!std::isfinite(v)) not_finite += center ? v : std::fabs(v);
+        });
+        if (!std::isfinite(not_finite)) {
+            const double count = static_cast<double>(axes.size());
+            scaled.moments = center ? Moments{count, not_finite, std::nan("")} : Moments{count, 0, not_finite};
+            return scaled;
+        }
+        if (largest > 0) {
             const int exponent = std::ilogb(largest);
             scaled.scale = std::ldexp(1.0, exponent < -1022 ? 1022 : -exponent);
         }

@@ -1,6 +1,8 @@
 // What the two walks have in common.
 #pragma once
 
+#include <cstring>
+
 #include "../operation.h"
 #include "../schedule.h"
 #include "parallel.h"
@@ -49,7 +51,11 @@ Statistic finish_set(const ForwardCall& call, const Nest& axes, const char* x, b
                      index_t i) {
     double M2 = m.M2;
     Statistic s;
-    if (is_doubtful<Compute<X>>(m, call.eps)) {
+    // A sum of other dtypes in double does not overflow: where it is not finite, neither is x.
+    if (kDtype<X> != Dtype::float64 && !std::isfinite(m.mean)) {
+        M2 = std::nan("");
+        s = {m.mean, 0, M2};
+    } else if (is_doubtful<Compute<X>>(m, call.eps)) {
         const ScaledMoments again = moments_in_double<X>(axes, x, center);
         s = statistic_from(again.moments, again.origin, again.scale, call.eps);
         M2 = again.moments.M2 / again.scale / again.scale;
@@ -93,7 +99,8 @@ void write_dx(const KernelPair<X>& k, const BackwardCall& call, const Offsets& a
 inline void write_parameter(const BackwardCall& call, index_t p, const Sums& sums) {
     const auto write = [p](char* to, Dtype dtype, double v) {
         if (dtype == Dtype::float32) {  // most are, and a layer norm writes very many
-            reinterpret_cast<float*>(to)[p] = static_cast<float>(v);
+            const float value = static_cast<float>(v);
+            std::memcpy(to + p * index_t{sizeof value}, &value, sizeof value);
         } else if (to) {
             write_double(to + p * size_of(dtype), dtype, v);
         }
