@@ -51,7 +51,8 @@ Statistic finish_set(const ForwardCall& call, const Nest& axes, const char* x, b
                      index_t i) {
     double M2 = m.M2;
     Statistic s;
-    // A sum of other dtypes in double does not overflow: where it is not finite, neither is x.
+    // Only float64 can overflow a sum in double: where that of other data is not finite, neither is x, and doing it
+    // again would change nothing.
     if (kDtype<X> != Dtype::float64 && !std::isfinite(m.mean)) {
         M2 = std::nan("");
         s = {m.mean, 0, M2};
