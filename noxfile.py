@@ -78,7 +78,8 @@ def sanitize(session):
     }
     session.run("python", "-c", INSTALLED, env=environment)
     # Findings are written to the file descriptor, which pytest would otherwise take along when the process ends.
-    session.run("pytest", "--capture=sys", *session.posargs, env=environment)
+    # A child forked while another thread allocates finds GCC's AddressSanitizer's allocator locked: no tests of forks.
+    session.run("pytest", "--capture=sys", "-k", "not fork", *session.posargs, env=environment)
 
 
 @nox.session
