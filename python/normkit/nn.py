@@ -403,13 +403,14 @@ class _TrackingLayer(_ChannelLayer):
     def __init__(
         self,
         num_features: SupportsIndex,
-        eps: float,
-        momentum: float | None,
-        affine: bool,
-        track_running_stats: bool,
-        channel_axis: SupportsIndex,
-        dtype: DTypeLike,
-        ddof: float,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        channel_axis: SupportsIndex = 1,
+        dtype: DTypeLike = np.float32,
+        ddof: float = 1,
     ) -> None:
         self.num_features = _count("num_features", num_features)
         super().__init__(self.num_features, eps, affine, channel_axis, dtype)
@@ -530,20 +531,6 @@ class BatchNorm(_TrackingLayer):
     _functions = _Functions(functional.batch_norm, functional.batch_norm_forward, functional.batch_norm_backward)
     _flag = "training"
 
-    def __init__(
-        self,
-        num_features: SupportsIndex,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        channel_axis: SupportsIndex = 1,
-        dtype: DTypeLike = np.float32,
-        ddof: float = 1,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, channel_axis, dtype, ddof)
-
 
 class InstanceNorm(_TrackingLayer):
     r"""Normalize each channel of each sample over space.
@@ -601,7 +588,9 @@ class InstanceNorm(_TrackingLayer):
         dtype: DTypeLike = np.float32,
         ddof: float = 1,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, channel_axis, dtype, ddof)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, channel_axis=channel_axis, dtype=dtype, ddof=ddof
+        )
 
 
 class GroupNorm(_ChannelLayer):
