@@ -6,12 +6,15 @@
 
 #include <chrono>
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <optional>
 #include <thread>
 
 #include "normkit/normkit.h"
+#include "output_memory.h"
 
 namespace py = pybind11;
 using namespace normkit;
@@ -201,6 +204,82 @@ bool to_spec(int norm, const Ints& ints, const View& x, Spec* spec) {
 
 // ------------------------------------------------------------------------------------------------------------ results
 
+// Arrays get their memory from the handler of data memory (NEP 49) in force, and remember it: they own what they get
+// from output_memory as they own any other. In force it is a context variable, so ours is set in a context of its own,
+// which is entered while a large array is made. Entering allocates nothing, and leaving can't fail.
+struct MemoryHandler {
+    char name[127];
+    std::uint8_t version;
+    struct {
+        void* of_all;
+        void* (*malloc)(void*, std::size_t);
+        void* (*calloc)(void*, std::size_t, std::size_t);
+        void* (*realloc)(void*, void*, std::size_t);
+        void (*free)(void*, void*, std::size_t);
+    } functions;
+};
+
+void* large_malloc(void*, std::size_t bytes) { return output_memory::allocate(bytes); }
+void* large_calloc(void*, std::size_t n, std::size_t element) {
+    void* const data = output_memory::allocate(n * element);  // NumPy has looked at the product
+    return data ? std::memset(data, 0, n * element) : nullptr;
+}
+void* large_realloc(void*, void* data, std::size_t bytes) { return output_memory::resize(data, bytes); }
+void large_free(void*, void* data, std::size_t) { output_memory::release(data); }
+
+MemoryHandler large_results = {"normkit", 1, {nullptr, large_malloc, large_calloc, large_realloc, large_free}};
+
+struct {
+    PyObject* context;  // where the handler is large_results
+    PyObject* (*get_handler)();
+    PyObject* default_handler;
+} numpy_memory;  // set on import
+
+void find_numpy_memory() {
+    const auto api_object = py::object(py::detail::import_numpy_core_submodule("multiarray").attr("_ARRAY_API"));
+    void** const api = static_cast<void**>(PyCapsule_GetPointer(api_object.ptr(), nullptr));
+    if (!api) throw py::error_already_set();
+    const auto set_handler = reinterpret_cast<PyObject* (*)(PyObject*)>(api[304]);
+    numpy_memory.get_handler = reinterpret_cast<PyObject* (*)()>(api[305]);
+    numpy_memory.default_handler = *static_cast<PyObject**>(api[306]);
+
+    const py::capsule handler(&large_results, "mem_handler");
+    auto context = py::reinterpret_steal<py::object>(PyContext_New());
+    if (!context || PyContext_Enter(context.ptr()) != 0) throw py::error_already_set();
+    const auto before = py::reinterpret_steal<py::object>(set_handler(handler.ptr()));
+    PyContext_Exit(context.ptr());
+    if (!before) throw py::error_already_set();
+    numpy_memory.context = context.release().ptr();
+}
+
+// Enters that context for a large result, unless somebody has set a handler of their own.
+class EnterOutputMemory {
+  public:
+    explicit EnterOutputMemory(std::size_t bytes) {
+        if (bytes < output_memory::kLeast) return;
+        const auto handler = py::reinterpret_steal<py::object>(numpy_memory.get_handler());
+        entered_ = handler.ptr() == numpy_memory.default_handler && PyContext_Enter(numpy_memory.context) == 0;
+        if (!entered_) PyErr_Clear();
+    }
+    ~EnterOutputMemory() {
+        if (entered_) PyContext_Exit(numpy_memory.context);
+    }
+
+  private:
+    bool entered_ = false;
+};
+
+py::array new_array(py::dtype dtype, int ndim, const Py_ssize_t* shape, const Py_ssize_t* strides) {
+    std::size_t bytes = dtype.itemsize();
+    for (int d = 0; d < ndim; ++d) bytes *= shape[d];
+    const EnterOutputMemory in(bytes);
+    auto& api = py::detail::npy_api::get();
+    auto made = py::reinterpret_steal<py::array>(
+        api.PyArray_NewFromDescr_(api.PyArray_Type_, dtype.release().ptr(), ndim, shape, strides, nullptr, 0, nullptr));
+    if (!made) throw py::error_already_set();
+    return made;
+}
+
 // A new array like x, its axes in the order of x's memory.
 py::array empty_like(const View& x, const py::dtype& dtype) {
     Py_ssize_t shape[kMaxDims], strides[kMaxDims];
@@ -223,13 +302,22 @@ py::array empty_like(const View& x, const py::dtype& dtype) {
         strides[order[j]] = stride;
         stride *= shape[order[j]] > 0 ? shape[order[j]] : 1;
     }
-    return py::array(dtype, std::vector<Py_ssize_t>(shape, shape + x.ndim),
-                     std::vector<Py_ssize_t>(strides, strides + x.ndim));
+    return new_array(dtype, x.ndim, shape, strides);
 }
 
-template <class T>
-py::array_t<T> empty(const index_t* shape, int ndim) {
-    return py::array_t<T>(std::vector<Py_ssize_t>(shape, shape + ndim));
+py::array empty(const py::dtype& dtype, const index_t* shape, int ndim) {
+    Py_ssize_t strides[kMaxDims], stride = dtype.itemsize();
+    for (int d = ndim - 1; d >= 0; --d) {
+        strides[d] = stride;
+        stride *= shape[d] > 0 ? shape[d] : 1;
+    }
+    return new_array(dtype, ndim, shape, strides);
+}
+
+py::array statistics_result(const index_t* shape, int ndim, double** data) {
+    py::array made = empty(py::dtype::of<double>(), shape, ndim);
+    *data = static_cast<double*>(made.mutable_data());
+    return made;
 }
 
 py::dtype dtype_object(py::handle array) { return py::reinterpret_borrow<py::array>(array).dtype(); }
@@ -360,9 +448,8 @@ py::object run_forward(int norm, py::handle x, py::handle spec_object, py::handl
         if (!call(args.x, [&] { return operation(spec, args); })) return py::none();
         return *y;
     }
-    auto mean = empty<double>(shape, ndim), rstd = empty<double>(shape, ndim);
-    args.mean = mean.mutable_data();
-    args.rstd = rstd.mutable_data();
+    const py::array mean = statistics_result(shape, ndim, &args.mean),
+                    rstd = statistics_result(shape, ndim, &args.rstd);
     if (!call(args.x, [&] { return operation(spec, args); })) return py::none();
     return py::make_tuple(*y, mean, rstd);
 }
@@ -394,10 +481,9 @@ std::optional<py::array> gradient_array(const Spec& spec, py::handle x, const Vi
     for (int d = 0; d < ndim; ++d) shape[d] = view_of_weight.shape[d];
     if (!view_of_weight.given()) ndim = parameter_shape(spec, view_of_x, shape);
     if (ndim < 0) return std::nullopt;
-    py::array made(dtype == 1   ? py::dtype::of<float>()
-                   : dtype == 2 ? py::dtype::of<double>()
-                                : dtype_object(view_of_weight.given() ? weight : x),
-                   std::vector<Py_ssize_t>(shape, shape + ndim));
+    const py::array made = dtype == 1   ? empty(py::dtype::of<float>(), shape, ndim)
+                           : dtype == 2 ? empty(py::dtype::of<double>(), shape, ndim)
+                                        : empty(dtype_object(view_of_weight.given() ? weight : x), shape, ndim);
     to_view(made, view);
     return made;
 }
@@ -449,9 +535,7 @@ py::object py_moments(int norm, py::handle x, py::handle spec_object) {
     index_t shape[kMaxDims];
     const int ndim = statistics_shape(spec, args.x, shape);
     if (ndim < 0) return py::none();
-    auto mean = empty<double>(shape, ndim), M2 = empty<double>(shape, ndim);
-    args.mean = mean.mutable_data();
-    args.M2 = M2.mutable_data();
+    const py::array mean = statistics_result(shape, ndim, &args.mean), M2 = statistics_result(shape, ndim, &args.M2);
     args.eps = 0;
     if (!call(args.x, [&] { return forward(spec, args); })) return py::none();
     index_t sets = 1;
@@ -513,6 +597,7 @@ void check_environment() {
 PYBIND11_MODULE(_core, m) {
     check_environment();
     find_numpy_types();
+    find_numpy_memory();
     m.doc() = "The compiled core of normkit. Private: use the functions of normkit itself.";
     m.attr("__version__") = NORMKIT_VERSION;
     const char* names[kNormCount] = {"BATCH", "INSTANCE", "GROUP", "LAYER", "RMS", "AXES", "AXES_RMS"};
@@ -527,6 +612,8 @@ PYBIND11_MODULE(_core, m) {
 
     m.def("set_num_threads", set_num_threads);
     m.def("get_num_threads", get_num_threads);
+    m.def("set_output_cache", output_memory::set_limit);
+    m.def("output_cache_bytes", output_memory::kept);
     m.def("dtypes", [] {
 #define NORMKIT_ROW(name, element, arithmetic) #name,
         const char* const names[] = {NORMKIT_FOR_DTYPES(NORMKIT_ROW)};

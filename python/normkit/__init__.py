@@ -47,6 +47,7 @@ from .functional import (
     rms_norm_backward,
     rms_norm_forward,
     set_num_threads,
+    set_output_cache,
 )
 
 __version__ = "0.1.0"
@@ -76,4 +77,5 @@ __all__ = [
     "rms_norm_backward",
     "rms_norm_forward",
     "set_num_threads",
+    "set_output_cache",
 ]

@@ -474,3 +474,11 @@ def thread_count(n: object) -> int:
     if not 1 <= threads < 2**31:
         raise ValueError(f"n must be from 1 to 2147483647, or None for the default, got {threads}")
     return threads
+
+
+def memory_limit(limit_bytes: object) -> int:
+    """Return `limit_bytes` as an int that the core can count to."""
+    limit = _int("limit_bytes", limit_bytes)
+    if not 0 <= limit <= _MAX_INT:
+        raise ValueError(f"limit_bytes must be from 0 to {_MAX_INT}, got {limit}; 0 keeps nothing")
+    return limit

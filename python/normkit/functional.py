@@ -13,7 +13,16 @@ from numpy.typing import DTypeLike, NDArray
 
 from . import _core
 from ._core import AXES, AXES_RMS, BATCH, GROUP, INSTANCE, LAYER, RMS, backward, evaluate, forward
-from ._errors import explain_backward, explain_evaluate, explain_forward, explain_needs, flag, grad_code, thread_count
+from ._errors import (
+    explain_backward,
+    explain_evaluate,
+    explain_forward,
+    explain_needs,
+    flag,
+    grad_code,
+    memory_limit,
+    thread_count,
+)
 
 # The element type of x, dy, out, y and dx. Not bound by np.floating, which bfloat16 is none of.
 Element = TypeVar("Element", bound=np.generic)
@@ -1424,3 +1433,38 @@ def get_num_threads() -> int:
     True
     """
     return _core.get_num_threads()
+
+
+def set_output_cache(limit_bytes: SupportsIndex) -> int:
+    """Set how much memory of results that are no longer used is kept for the next ones.
+
+    Finding fresh pages can take the system longer than the norm takes. So results of 1.6 MiB and more get the memory of
+    such results that have died, where it fits. What is kept beyond 32 MiB the system may take back when it runs short.
+
+    Parameters
+    ----------
+    limit_bytes : int
+        At least 0. 0 keeps nothing, and gives back what has been kept. The default is 256 MiB.
+
+    Returns
+    -------
+    int
+        The former limit.
+
+    Raises
+    ------
+    TypeError
+        `limit_bytes` is not an int.
+    ValueError
+        `limit_bytes` is negative, or more than the core can count.
+
+    Examples
+    --------
+    >>> import normkit as nk
+    >>> before = nk.set_output_cache(0)
+    >>> before // 2**20
+    256
+    >>> nk.set_output_cache(before)
+    0
+    """
+    return _core.set_output_cache(memory_limit(limit_bytes))
