@@ -17,7 +17,7 @@ from numpy.lib.stride_tricks import as_strided
 
 import normkit as nk
 from cases import MEMORY
-from normkit import functional
+from normkit import _core, functional
 
 SHAPE = (2, 6, 4, 5)
 DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -758,3 +758,23 @@ def test_bad_num_threads(n, error, message):
         nk.set_num_threads(n)
     assert str(caught.value) == message
     assert nk.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "takes 3 arguments, got 0"),
+        ((_core.AXES, None, 0, 0), "takes 3 arguments, got 4"),
+        (("axes", None, 0), "integer"),
+        ((2**31, None, 0), "expects a C int"),
+        ((-(2**70), None, 0), "expects a C int"),
+    ],
+)
+def test_the_core_alone(arguments, message):
+    """What only its own functions can get wrong."""
+    with pytest.raises(TypeError, match=message):
+        _core.moments(*arguments)
+    x = np.ones((2, 3), np.float32)
+    assert _core.moments(2**31 - 1, x, 0) is None
+    with pytest.raises(TypeError, match="expects a bool, got int"):
+        _core.evaluate(_core.BATCH, x, 1, None, None, 1e-5, None, 1, x[0], x[0])

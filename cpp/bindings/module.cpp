@@ -5,13 +5,17 @@
 #include <pybind11/pybind11.h>
 
 #include <chrono>
+#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <optional>
+#include <string>
 #include <thread>
+#include <tuple>
+#include <utility>
 
 #include "normkit/normkit.h"
 #include "output_memory.h"
@@ -116,7 +120,7 @@ std::optional<index_t> to_index(py::handle o) {
 }
 
 std::optional<double> to_double(py::handle o) {
-    if (!PyFloat_Check(o.ptr())) {
+    if (!PyFloat_Check(o.ptr()) && !PyLong_CheckExact(o.ptr())) {
         PyTypeObject* const type = Py_TYPE(o.ptr());
         if (PyBool_Check(o.ptr()) || PyType_IsSubtype(type, numpy_types.boolean)) return std::nullopt;
         if (PyType_IsSubtype(type, numpy_types.complex) || !PyNumber_Check(o.ptr())) return std::nullopt;
@@ -423,7 +427,7 @@ bool call(const View& x, F f) {
 template <class Args, class Operation>
 py::object run_forward(int norm, py::handle x, py::handle spec_object, py::handle weight, py::handle bias,
                        py::handle eps, py::handle out, bool statistics, py::handle running_mean, py::handle running_var,
-                       bool updates, Args args, Operation operation) {
+                       bool updates, Args& args, Operation operation) {
     const Ints ints = to_ints(spec_object);
     std::optional<double> eps_value;
     if (!eps.is_none()) {
@@ -438,9 +442,7 @@ py::object run_forward(int norm, py::handle x, py::handle spec_object, py::handl
     }
     // torch's rule: None stands for the machine epsilon of the type of arithmetic.
     if (!eps_value && spec.norm == Norm::rms) eps_value = args.x.dtype == Dtype::float64 ? 0x1p-52 : 0x1p-23;
-    index_t shape[kMaxDims];
-    const int ndim = statistics_shape(spec, args.x, shape);
-    if (!eps_value || ndim < 0) return py::none();
+    if (!eps_value) return py::none();
     args.eps = *eps_value;
     const auto y = result_array(out, x, args.x, &args.y);
     if (!y) return py::none();
@@ -448,6 +450,9 @@ py::object run_forward(int norm, py::handle x, py::handle spec_object, py::handl
         if (!call(args.x, [&] { return operation(spec, args); })) return py::none();
         return *y;
     }
+    index_t shape[kMaxDims];
+    const int ndim = statistics_shape(spec, args.x, shape);
+    if (ndim < 0) return py::none();
     const py::array mean = statistics_result(shape, ndim, &args.mean),
                     rstd = statistics_result(shape, ndim, &args.rstd);
     if (!call(args.x, [&] { return operation(spec, args); })) return py::none();
@@ -468,7 +473,8 @@ py::object py_forward(int norm, py::handle x, py::handle spec, py::handle weight
 
 py::object py_evaluate(int norm, py::handle x, py::handle spec, py::handle weight, py::handle bias, py::handle eps,
                        py::handle out, bool statistics, py::handle running_mean, py::handle running_var) {
-    return run_forward(norm, x, spec, weight, bias, eps, out, statistics, running_mean, running_var, false, Evaluate{},
+    Evaluate args;
+    return run_forward(norm, x, spec, weight, bias, eps, out, statistics, running_mean, running_var, false, args,
                        [](const Spec& s, const Evaluate& a) { return evaluate(s, a); });
 }
 
@@ -543,6 +549,71 @@ py::object py_moments(int norm, py::handle x, py::handle spec_object) {
     return py::make_tuple(sets > 0 ? args.x.size() / sets : 0, mean, M2);
 }
 
+// The operations as Python calls them. pybind11's own dispatch, which finds the overload and converts each argument in
+// lists on the heap, takes a fifth of a layer norm of one short row.
+
+void to_argument(PyObject* o, py::handle* argument) { *argument = o; }
+
+void to_argument(PyObject* o, int* argument) {
+    int overflow;
+    const long value = PyLong_AsLongAndOverflow(o, &overflow);
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    if (overflow != 0 || value < INT_MIN || value > INT_MAX)
+        throw py::type_error("normkit._core expects a C int, got more");
+    *argument = static_cast<int>(value);
+}
+
+void to_argument(PyObject* o, bool* argument) {
+    if (!PyBool_Check(o)) throw py::type_error(std::string("normkit._core expects a bool, got ") + Py_TYPE(o)->tp_name);
+    *argument = o == Py_True;
+}
+
+template <class... Arguments, std::size_t... i>
+PyObject* call_with(py::object (*f)(Arguments...), PyObject* const* given, std::index_sequence<i...>) {
+    std::tuple<Arguments...> arguments;
+    (to_argument(given[i], &std::get<i>(arguments)), ...);
+    return f(std::get<i>(arguments)...).release().ptr();
+}
+
+template <class... Arguments>
+PyObject* check_and_call(py::object (*f)(Arguments...), PyObject* const* given, Py_ssize_t count) try {
+    constexpr Py_ssize_t kExpected = sizeof...(Arguments);
+    if (count != kExpected) {
+        throw py::type_error("this function of normkit._core takes " + std::to_string(kExpected) + " arguments, got " +
+                             std::to_string(count) + "; use the public ones");
+    }
+    return call_with(f, given, std::index_sequence_for<Arguments...>());
+} catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+} catch (const py::builtin_exception& error) {
+    error.set_error();
+    return nullptr;
+} catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+} catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+}
+
+template <auto f>
+PyObject* operation(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    return check_and_call(f, given, count);
+}
+
+template <auto f>
+PyMethodDef method(const char* name) {
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(operation<f>)), METH_FASTCALL, nullptr};
+}
+
+PyMethodDef operations[] = {
+    method<py_forward>("forward"),
+    method<py_evaluate>("evaluate"),
+    method<py_backward>("backward"),
+    method<py_moments>("moments"),
+    {},
+};
+
 bool py_copy(py::handle from, py::handle to, bool stream) {
     View source, target;
     if (!to_view(from, &source) || !to_view(to, &target, true)) return false;
@@ -603,11 +674,7 @@ PYBIND11_MODULE(_core, m) {
     const char* names[kNormCount] = {"BATCH", "INSTANCE", "GROUP", "LAYER", "RMS", "AXES", "AXES_RMS"};
     for (int i = 0; i < kNormCount; ++i) m.attr(names[i]) = i;
 
-    m.def("forward", py_forward);
-    m.def("evaluate", py_evaluate);
-    m.def("backward", py_backward);
-    m.def("moments", py_moments);
-
+    if (PyModule_AddFunctions(m.ptr(), operations) != 0) throw py::error_already_set();
     m.def("copy", py_copy);
 
     m.def("set_num_threads", set_num_threads);

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 
 #include "dtype.h"
 #include "operation.h"
@@ -45,11 +46,12 @@ Range range_of(const View& v) {
     return {low, high + size_of(v.dtype)};
 }
 
-bool overlap(const View& a, const View& b) {
-    if (!a.given() || !b.given()) return false;
-    const Range ra = range_of(a), rb = range_of(b);
-    return ra.begin < rb.end && rb.begin < ra.end;
+bool overlap(const Range& a, const View& b) {
+    if (!b.given()) return false;
+    const Range of_b = range_of(b);
+    return a.begin < of_b.end && of_b.begin < a.end;
 }
+bool overlap(const View& a, const View& b) { return a.given() && overlap(range_of(a), b); }
 
 // Statistics as the core takes them: `count` doubles in a row.
 View statistics_view(const double* data, index_t count) {
@@ -95,11 +97,12 @@ bool result_fits(const View& result, std::initializer_list<const View*> in_place
                  std::initializer_list<const View*> in) {
     if (!result.given()) return true;
     if (!writable_once(result)) return false;
+    const Range range = range_of(result);
     for (const View* v : in_place) {
-        if (overlap(result, *v) && !same(result, *v)) return false;
+        if (overlap(range, *v) && !same(result, *v)) return false;
     }
     for (const View* v : in) {
-        if (overlap(result, *v)) return false;
+        if (overlap(range, *v)) return false;
     }
     return true;
 }
@@ -122,8 +125,14 @@ double get(const View& v, index_t i) {
 
 void get_all(const View& v, double* out) {
     with_dtype(v.dtype, [&](auto element) {
+        using E = decltype(element);
         const char* p = static_cast<const char*>(v.data);
-        for (index_t i = 0; i < v.shape[0]; ++i) out[i] = to_double(read<decltype(element)>(p + i * v.strides[0]));
+        const index_t stride = v.strides[0];
+        if (stride == sizeof(E)) {  // becomes vector code
+            for (index_t i = 0; i < v.shape[0]; ++i) out[i] = to_double(read<E>(p + i * index_t{sizeof(E)}));
+        } else {
+            for (index_t i = 0; i < v.shape[0]; ++i) out[i] = to_double(read<E>(p + i * stride));
+        }
     });
 }
 
@@ -290,16 +299,15 @@ bool evaluate(const Spec& spec, const Evaluate& args) {
     const index_t channels = args.x.shape[spec.channel_axis], sets = number_of_sets(p);
     const index_t length = sets > channels ? sets : channels;
     if (length > kMostStatistics) throw std::bad_alloc();
-    std::vector<double> statistics(2 * length);
-    double *mean = statistics.data(), *rstd = mean + length;
+    const std::unique_ptr<double[]> statistics(new double[2 * length]);
+    double *mean = statistics.get(), *rstd = mean + length;
     get_all(args.running_mean, mean);
     get_all(args.running_var, rstd);
-    bool negative = false;
-    for (index_t c = 0; c < channels; ++c) {
-        negative = negative || rstd[c] < 0;
-        rstd[c] = 1 / std::sqrt(rstd[c] + args.eps);
-    }
-    if (negative) return false;
+    // Two loops, and a count as wide as what is compared: both become vector code.
+    index_t negative = 0;
+    for (index_t c = 0; c < channels; ++c) negative += rstd[c] < 0;
+    if (negative > 0) return false;
+    for (index_t c = 0; c < channels; ++c) rstd[c] = 1 / std::sqrt(rstd[c] + args.eps);
     for (index_t i = channels; i < sets; ++i) {
         mean[i] = mean[i - channels];
         rstd[i] = rstd[i - channels];
