@@ -237,9 +237,10 @@ struct LooseBlock {
 
 // M2 from squares about a pilot, `off` being the mean less the pilot. The pilot is the mean rounded to X, so nothing
 // that matters cancels; for a constant leaf it is exactly 0.
-NK_INLINE double M2_about_mean(double squares, double off, double count) {
-    const double M2 = squares - off * off * count;
-    return M2 < 0 ? 0 : M2;
+template <class V>
+NK_INLINE V M2_about_mean(V squares, V off, double count) {
+    const V M2 = squares - off * off * count;
+    return M2 < 0 ? V{} : M2;
 }
 
 template <class X>
@@ -342,9 +343,9 @@ struct SumsBlock {
 };
 
 // From sums of g and g * (x - hi) to the sum of g * xhat.
-template <class T>
-NK_INLINE double xhat_sum(double g, double g_d, T lo, T rstd) {
-    return (kLoose ? g_d : g_d - static_cast<double>(lo) * g) * static_cast<double>(rstd);
+template <class V>
+NK_INLINE V xhat_sum(V g, V g_d, V lo, V rstd) {
+    return (kLoose ? g_d : g_d - lo * g) * rstd;
 }
 
 template <class X, bool WLane>
@@ -354,7 +355,7 @@ void sums_along(In dy, In x, In w, Statistics<Compute<X>> s, index_t rows, index
         const index_t k = i * s.row;
         SumsBlock<X, WLane> block{dy, x, w, splat<X>(s.hi[k]), {}, {}, {}, {}, {}, {}, 0, 0};
         for_steps(rows, lanes, block);
-        out[i] = {block.total, xhat_sum<Compute<X>>(block.total, block.total_d, s.lo[k], s.rstd[k])};
+        out[i] = {block.total, xhat_sum<double>(block.total, block.total_d, s.lo[k], s.rstd[k])};
     }
 }
 
@@ -563,9 +564,36 @@ NK_INLINE void load_lanes(Vec<X> (&v)[V], const Compute<X>* p, int n) {
     for (int i = 0; i < V; ++i) v[i] = load_chunk<Compute<X>, V>(reinterpret_cast<const char*>(p), i, n);
 }
 
+// The doubles that go with a chunk: for each of its vectors of n lanes a Widened.
 template <class X, int V>
-NK_INLINE void unload_chunk(Compute<X>* out, const Vec<X> (&v)[V]) {
-    __builtin_memcpy(out, &v[0], sizeof v);
+using Doubles = Widened<Compute<X>>[V];
+
+template <class X, int V>
+NK_INLINE void load_doubles(Doubles<X, V>& v, const double* p, int n) {
+    constexpr int W = Widened<Compute<X>>::kVectors;
+#pragma GCC unroll 8
+    for (int i = 0; i < V * W; ++i, n -= kWidth<double>) {
+        const char* at = reinterpret_cast<const char*>(p + i * kWidth<double>);
+        if constexpr (V > 1) {
+            v[i / W].v[i % W] = load<double>(at);
+        } else {
+            v[i / W].v[i % W] = n > 0 ? load_rest<double>(at, n) : Vec<double>{};
+        }
+    }
+}
+
+template <class X, int V>
+NK_INLINE void store_doubles(double* p, const Doubles<X, V>& v, int n) {
+    constexpr int W = Widened<Compute<X>>::kVectors;
+#pragma GCC unroll 8
+    for (int i = 0; i < V * W; ++i, n -= kWidth<double>) {
+        char* at = reinterpret_cast<char*>(p + i * kWidth<double>);
+        if (V > 1 || n >= kWidth<double>) {
+            store<double>(at, v[i / W].v[i % W]);
+        } else if (n > 0) {
+            store_first<double>(at, v[i / W].v[i % W], n);
+        }
+    }
 }
 
 // One leaf of `rows` <= kLeafRows rows, V vectors of lanes: the mean in double, the squares about it in X (two chains),
@@ -574,51 +602,45 @@ template <class X, bool Center, int V>
 NK_INLINE void leaf_down(In x, const Compute<X>* origin, index_t rows, int n, double seen, double* mean, double* M2) {
     using T = Compute<X>;
     constexpr int W = Widened<T>::kVectors;
-    constexpr int kLanes = V * kWidth<X>;
     const double count = static_cast<double>(rows);
-    const int lanes = V > 1 ? kLanes : n;
-    double means[kLanes];
-    T pilots[kLanes];
-    Vec<X> pilot[V] = {}, from[V] = {};
-    if constexpr (kAboutOrigin<X> && Center) load_lanes<X, V>(from, origin, n);
+    Doubles<X, V> means = {};
+    // About which squares are taken, and the same less the origin.
+    Vec<X> pilot[V] = {}, pilot_off[V] = {};
     if constexpr (Center && !kLoose) {
-        Vec<double> sum[V * W] = {};
+        Vec<X> from[V] = {};
+        if constexpr (kAboutOrigin<X>) load_lanes<X, V>(from, origin, n);
         for (index_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
             for (int i = 0; i < V; ++i) {
+                const char* p = x.at(r) + i * kMemoryBytes<X>;
                 if constexpr (kAboutOrigin<X>) {
-                    sum[i] += load_chunk<X, V>(x.at(r), i, n) - from[i];
+                    means[i].v[0] += load_chunk<X, V>(x.at(r), i, n) - from[i];
                 } else {
-                    const Widened<T> wide = V > 1 ? load_widened<X>(x.at(r) + i * kMemoryBytes<X>)
-                                                  : widened<T>(load_chunk<X, V>(x.at(r), i, n));
+                    const Widened<T> wide =
+                        V > 1 ? load_widened<X>(p) : widened<T>(load_chunk<X, V>(x.at(r), i, n));
 #pragma GCC unroll 2
-                    for (int j = 0; j < W; ++j) sum[i * W + j] += wide.v[j];
+                    for (int j = 0; j < W; ++j) means[i].v[j] += wide.v[j];
                 }
             }
         }
-#pragma GCC unroll 8
-        for (int i = 0; i < V * W; ++i) {
-            // A power of two: multiplying is dividing, bit for bit.
-            sum[i] = rows == kLeafRows ? sum[i] * (1.0 / kLeafRows) : sum[i] / count;
-        }
-        __builtin_memcpy(means, &sum[0], sizeof means);
-        for (int i = 0; i < kLanes; ++i) pilots[i] = static_cast<T>(means[i]);
-        __builtin_memcpy(&pilot[0], pilots, sizeof pilot);
-        if constexpr (kAboutOrigin<X>) {
-            // x is compared with the pilot about zero, the mean with what that is about the origin.
-            Vec<X> rounded[V];
 #pragma GCC unroll 4
-            for (int i = 0; i < V; ++i) {
-                pilot[i] = pilot[i] + from[i];
-                rounded[i] = pilot[i] - from[i];
+        for (int i = 0; i < V; ++i) {
+#pragma GCC unroll 2
+            for (int j = 0; j < W; ++j) {
+                // A power of two: multiplying is dividing, bit for bit.
+                means[i].v[j] = rows == kLeafRows ? means[i].v[j] * (1.0 / kLeafRows) : means[i].v[j] / count;
             }
-            unload_chunk<X, V>(pilots, rounded);
+            pilot[i] = pilot_off[i] = narrowed<T>(means[i]);
+            if constexpr (kAboutOrigin<X>) {
+                pilot[i] = pilot[i] + from[i];
+                pilot_off[i] = pilot[i] - from[i];
+            }
         }
     }
     Vec<X> squares[2][V] = {}, loose_sum[V] = {};
     if constexpr (Center && kLoose) {
 #pragma GCC unroll 4
-        for (int i = 0; i < V; ++i) pilot[i] = load_chunk<X, V>(x.p, i, n);
+        for (int i = 0; i < V; ++i) pilot[i] = pilot_off[i] = load_chunk<X, V>(x.p, i, n);
     }
     index_t r = 0;
     for (; r + 1 < rows; r += 2) {
@@ -631,7 +653,6 @@ NK_INLINE void leaf_down(In x, const Compute<X>* origin, index_t rows, int n, do
             if constexpr (kLoose) loose_sum[i] += even + odd;
         }
     }
-    T all_squares[kLanes];
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) {
         if (r < rows) {
@@ -641,27 +662,30 @@ NK_INLINE void leaf_down(In x, const Compute<X>* origin, index_t rows, int n, do
         }
         squares[0][i] += squares[1][i];
     }
-    unload_chunk<X, V>(all_squares, squares[0]);
-    if constexpr (!Center) {
-        for (int i = 0; i < lanes; ++i) M2[i] += static_cast<double>(all_squares[i]);
-        return;
-    }
-    if constexpr (kLoose) {
-        T sums[kLanes];
-        unload_chunk<X, V>(sums, loose_sum);
-        unload_chunk<X, V>(pilots, pilot);
-        for (int i = 0; i < kLanes; ++i)
-            means[i] = static_cast<double>(pilots[i]) + static_cast<double>(sums[i]) / count;
-    }
     // Moments::merge, with the divisions of the counts taken out of the loop (all lanes have seen the same rows).
     const double share = count / (seen + count);
     const double weight = seen * share;
-    for (int i = 0; i < lanes; ++i) {
-        const double off = means[i] - static_cast<double>(pilots[i]);
-        const double delta = means[i] - mean[i];
-        mean[i] += delta * share;
-        M2[i] += M2_about_mean(static_cast<double>(all_squares[i]), off, count) + delta * delta * weight;
+    Doubles<X, V> old_mean, old_M2;
+    load_doubles<X, V>(old_mean, mean, n);
+    load_doubles<X, V>(old_M2, M2, n);
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+        const Widened<T> all = widened<T>(squares[0][i]), about = widened<T>(pilot_off[i]);
+        [[maybe_unused]] const Widened<T> loose = widened<T>(loose_sum[i]);
+#pragma GCC unroll 2
+        for (int j = 0; j < W; ++j) {
+            if constexpr (!Center) {
+                old_M2[i].v[j] += all.v[j];
+            } else {
+                const Vec<double> here = kLoose ? about.v[j] + loose.v[j] / count : means[i].v[j];
+                const Vec<double> off = here - about.v[j], delta = here - old_mean[i].v[j];
+                old_mean[i].v[j] += delta * share;
+                old_M2[i].v[j] += M2_about_mean(all.v[j], off, count) + delta * delta * weight;
+            }
+        }
     }
+    if constexpr (Center) store_doubles<X, V>(mean, old_mean, n);
+    store_doubles<X, V>(M2, old_M2, n);
 }
 
 template <class X>
@@ -763,6 +787,7 @@ void apply_down(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows,
 template <class X, bool SLane, bool WLane, bool Dx, bool Sum, bool Stream, int V>
 NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, int n,
                                    double* sum_g, double* sum_g_xhat) {
+    using T = Compute<X>;
     Vec<X> hi[V] = {}, lo[V] = {}, rstd[V] = {}, a[V] = {}, e[V] = {}, c[V] = {}, wv[V];
     Vec<X> sum[V] = {}, sum_xhat[V] = {};  // statistics one a lane: of g * (x - hi)
 #pragma GCC unroll 4
@@ -818,16 +843,21 @@ NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<Compute
         }
     }
     if constexpr (Sum) {
-        constexpr int kLanes = V * kWidth<X>;
-        Compute<X> sums[kLanes], sums_xhat[kLanes];
-        unload_chunk<X, V>(sums, sum);
-        unload_chunk<X, V>(sums_xhat, sum_xhat);
-        const int lanes = V > 1 ? kLanes : n;
-        for (int i = 0; i < lanes; ++i) {
-            const double g = static_cast<double>(sums[i]), g_xhat = static_cast<double>(sums_xhat[i]);
-            sum_g[i] += g;
-            sum_g_xhat[i] += SLane ? xhat_sum<Compute<X>>(g, g_xhat, s.lo[i], s.rstd[i]) : g_xhat;
+        Doubles<X, V> g_all, xhat_all;
+        load_doubles<X, V>(g_all, sum_g, n);
+        load_doubles<X, V>(xhat_all, sum_g_xhat, n);
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
+            const Widened<T> g = widened<T>(sum[i]), g_d = widened<T>(sum_xhat[i]);
+            const Widened<T> wide_lo = widened<T>(lo[i]), wide_rstd = widened<T>(rstd[i]);
+#pragma GCC unroll 2
+            for (int j = 0; j < Widened<T>::kVectors; ++j) {
+                g_all[i].v[j] += g.v[j];
+                xhat_all[i].v[j] += SLane ? xhat_sum(g.v[j], g_d.v[j], wide_lo.v[j], wide_rstd.v[j]) : g_d.v[j];
+            }
         }
+        store_doubles<X, V>(sum_g, g_all, n);
+        store_doubles<X, V>(sum_g_xhat, xhat_all, n);
     }
 }
 

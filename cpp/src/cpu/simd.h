@@ -238,6 +238,26 @@ NK_INLINE Widened<T> widened(Vec<T> v) {
     }
 }
 
+// Back, rounded to the nearest.
+template <class T>
+NK_INLINE Vec<T> narrowed(Widened<T> w) {
+    if constexpr (sizeof(T) == sizeof(double)) {
+        return w.v[0];
+    } else {
+#if defined(__AVX512F__)
+        return (Vec<T>)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)w.v[0])),
+                                          _mm512_cvtpd_ps((__m512d)w.v[1]), 1);
+#elif defined(__AVX__)
+        return (Vec<T>)_mm256_set_m128(_mm256_cvtpd_ps((__m256d)w.v[1]), _mm256_cvtpd_ps((__m256d)w.v[0]));
+#else
+        constexpr int N = kWidth<double>;
+        typedef T Half __attribute__((vector_size(N * sizeof(T))));
+        return __builtin_shufflevector(__builtin_convertvector(w.v[0], Half), __builtin_convertvector(w.v[1], Half), 0,
+                                       1, 2, 3);
+#endif
+    }
+}
+
 // The same, straight from memory: the conversion then costs no instruction of its own beside the load, and a sum of
 // doubles runs at twice the time of one of floats (0.55 ns against 0.31 ns for 16 elements on a Zen 4).
 template <class X>
