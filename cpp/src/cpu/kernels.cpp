@@ -28,6 +28,7 @@ using normkit::kDepth;
 using normkit::kLeafRows;
 using normkit::kLeafSteps;
 using normkit::kStep;
+using normkit::kSumRows;
 using normkit::Moments;
 using normkit::cpu::In;
 using normkit::cpu::Kernels;
@@ -557,6 +558,10 @@ NK_INLINE Vec<X> load_chunk(const char* p, int i, int n) {
     return V > 1 ? load<X>(p) : load_rest<X>(p, n);
 }
 
+// Asks for a cache line to come to L2: the rows of the next leaf lie a row's length apart, in other pages, where the
+// hardware does not look ahead. To L1 it would push out what is being read, where rows lie a power of two apart.
+NK_INLINE void prefetch_far(const char* p) { __builtin_prefetch(p, 0, 2); }
+
 // One entry a lane of the statistics.
 template <class X, int V>
 NK_INLINE void load_lanes(Vec<X> (&v)[V], const Compute<X>* p, int n) {
@@ -613,6 +618,7 @@ NK_INLINE void leaf_down(In x, const Compute<X>* origin, index_t rows, int n, do
 #pragma GCC unroll 4
             for (int i = 0; i < V; ++i) {
                 const char* p = x.at(r) + i * kMemoryBytes<X>;
+                if constexpr (V > 1) prefetch_far(x.at(r + kLeafRows) + i * kMemoryBytes<X>);
                 if constexpr (kAboutOrigin<X>) {
                     means[i].v[0] += load_chunk<X, V>(x.at(r), i, n) - from[i];
                 } else {
@@ -760,8 +766,150 @@ NK_INLINE index_t head_of(Out y) {
     return past == 0 ? 0 : (kMemoryBytes<X> - past) / static_cast<index_t>(sizeof(X));
 }
 
+// What is one a lane in the formula, N arrays of it; five leave room in L1 for what goes by.
+template <class X>
+constexpr index_t kTermLanes = 4096 / static_cast<index_t>(sizeof(Compute<X>));
+template <class X, int N>
+struct Terms {
+    alignas(64) Compute<X> of[N][kTermLanes<X> + kWidth<X>];
+};
+
+template <class X>
+NK_INLINE Vec<X> load_term(const Compute<X>* p, int n) {
+    return load_rest<Compute<X>>(reinterpret_cast<const char*>(p), n);
+}
+
+// f(lane, n) for the vectors of a row, its first `head` lanes by themselves.
+template <class X, class F>
+NK_INLINE void for_row(index_t lanes, index_t head, F f) {
+    constexpr index_t width = kWidth<X>;
+    index_t at = head < lanes ? head : lanes;
+    if (at > 0) f(index_t{0}, static_cast<int>(at));
+    for (; lanes - at >= 4 * width; at += 4 * width) {
+#pragma GCC unroll 4
+        for (index_t i = 0; i < 4; ++i) f(at + i * width, static_cast<int>(width));
+    }
+    for (; lanes - at >= width; at += width) f(at, static_cast<int>(width));
+    if (at < lanes) f(at, static_cast<int>(lanes - at));
+}
+
+// How rows go by that have their terms in common. `rows` of them, where memory has no gap in between, are taken for one
+// of `lanes` lanes with the terms repeated: vectors are part-filled where lanes are few or no multiple of a vector.
+// The first `head` lanes bring the result to a vector boundary; the terms are stored as far from one, so that loading
+// them crosses no cache line.
+struct Bundle {
+    index_t rows, lanes, head;
+};
+template <class X, bool Stream>
+NK_INLINE Bundle bundle_of(Out y, index_t rows, index_t lanes, bool without_gap) {
+    constexpr index_t width = kWidth<X>, few = kChunk * width;
+    index_t n = 1;
+    if (without_gap && (lanes % width != 0 || lanes < few)) {
+        index_t whole = 1;  // rows that fill whole vectors
+        while (whole * lanes % width != 0) whole *= 2;
+        n = (whole * lanes <= few ? few : kTermLanes<X>) / lanes;
+        if (n > rows) n = rows;
+        if (n > whole) n -= n % whole;
+        if (n < 1) n = 1;
+    }
+    const bool aligned_alike = y.row * n % kMemoryBytes<X> == 0;
+    return {n, n * lanes, Stream || (aligned_alike && n * lanes > few) ? head_of<X>(y) : 0};
+}
+
+template <class X>
+NK_INLINE index_t first_term(Bundle b) {
+    return b.head == 0 ? 0 : kWidth<X> - b.head;
+}
+
+template <class X, int N>
+NK_INLINE void repeat(Terms<X, N>& terms, Bundle b) {
+    const index_t lanes = b.lanes / b.rows;
+    for (auto& term : terms.of) {
+        Compute<X>* const first = term + first_term<X>(b);
+        for (index_t done = 1; done < b.rows;) {
+            const index_t more = b.rows - done < done ? b.rows - done : done;
+            __builtin_memcpy(first + done * lanes, first, more * lanes * sizeof *first);
+            done += more;
+        }
+    }
+}
+
+// f(vectors as a constant), if a bundle is so few whole vectors that its terms can stay in registers.
+template <class X, class F>
+NK_INLINE bool in_registers(Bundle b, F f) {
+    if (b.lanes % kWidth<X> != 0 || b.lanes > kChunk * kWidth<X> || b.head > 0) return false;
+    const index_t vectors = b.lanes / kWidth<X>;
+    if (vectors == 1) f(std::integral_constant<int, 1>{});
+    if (vectors == 2) f(std::integral_constant<int, 2>{});
+    if constexpr (kChunk == 4) {
+        if (vectors == 3) f(std::integral_constant<int, 3>{});
+        if (vectors == 4) f(std::integral_constant<int, 4>{});
+    }
+    return true;
+}
+
+// Row by row, so that memory sees one stream of each operand.
+template <class X, bool Stream>
+void apply_terms(In x, Out y, const Terms<X, 3>& terms, Bundle b, index_t rows) {
+    const index_t off = first_term<X>(b), lanes = b.lanes / b.rows;
+    const Compute<X>*hi = terms.of[0] + off, *a = terms.of[1] + off, *c = terms.of[2] + off;
+    index_t r = 0;
+    in_registers<X>(b, [&](auto v) NK_INLINE_LAMBDA {
+        constexpr int V = v;
+        Vec<X> hi_v[V], a_v[V], c_v[V];
+        load_lanes<X, V>(hi_v, hi, kWidth<X>);
+        load_lanes<X, V>(a_v, a, kWidth<X>);
+        load_lanes<X, V>(c_v, c, kWidth<X>);
+        for (; rows - r >= b.rows; r += b.rows) {
+            const char* px = x.at(r);
+            char* py = y.at(r);
+#pragma GCC unroll 4
+            for (int i = 0; i < V; ++i) {
+                const index_t o = i * kMemoryBytes<X>;
+                put<X, Stream>(py + o, (load<X>(px + o) - hi_v[i]) * a_v[i] + c_v[i], kWidth<X>);
+            }
+        }
+    });
+    for (; r < rows; r += b.rows) {
+        const char* px = x.at(r);
+        char* py = y.at(r);
+        for_row<X>(rows - r < b.rows ? (rows - r) * lanes : b.lanes, b.head, [=](index_t l, int n) NK_INLINE_LAMBDA {
+            const Vec<X> d = load_rest<X>(px + bytes<X>(l), n) - load_term<X>(hi + l, n);
+            put<X, Stream>(py + bytes<X>(l), d * load_term<X>(a + l, n) + load_term<X>(c + l, n), n);
+        });
+    }
+}
+
+// w and b are the same for all rows; at most kTermLanes lanes.
+template <class X, bool WLane, bool Stream>
+NK_INLINE void apply_down_along(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
+    using T = Compute<X>;
+    const Bundle bundle = bundle_of<X, Stream>(y, rows, lanes, x.row == bytes<X>(lanes) && y.row == x.row);
+    Terms<X, 3> terms;
+    for_row<X>(lanes, 0, [&](index_t l, int n) NK_INLINE_LAMBDA {
+        const index_t ow = WLane ? bytes<T>(l) : 0, at = first_term<X>(bundle) + l;
+        const Vec<X> a = load_term<X>(s.rstd + l, n) * load_parameter<X, WLane, 1>({w.p + ow, 0}, 0, 0, n);
+        const Vec<X> bv = load_parameter<X, WLane, 1>({b.p + ow, 0}, 0, 0, n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[0] + at), load_term<X>(s.hi + l, n), n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[1] + at), a, n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[2] + at), bias_term<Vec<X>>(a, load_term<X>(s.lo + l, n), bv),
+                      n);
+    });
+    repeat<X, 3>(terms, bundle);
+    apply_terms<X, Stream>(x, y, terms, bundle, rows);
+}
+
 template <class X, bool WLane, bool Stream>
 NK_INLINE void apply_down_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
+    if (w.row == 0 && b.row == 0) {
+        for (index_t l = 0; l < lanes; l += kTermLanes<X>) {
+            const index_t o = bytes<X>(l), ow = WLane ? bytes<Compute<X>>(l) : 0;
+            apply_down_along<X, WLane, Stream>(shifted(x, 0, o), shifted(y, 0, o), shifted(w, 0, ow),
+                                               shifted(b, 0, ow), shifted(s, l), rows,
+                                               lanes - l < kTermLanes<X> ? lanes - l : kTermLanes<X>);
+        }
+        return;
+    }
     for (index_t r = 0; r < rows; r += kRowsAtOnce) {
         const index_t n_rows = rows - r < kRowsAtOnce ? rows - r : kRowsAtOnce;
         for_chunks<X>(
@@ -782,6 +930,11 @@ void apply_down(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows,
     } else {
         apply_down_rows<X, WLane, false>(x, y, w, b, s, rows, lanes);
     }
+}
+
+template <class V>
+NK_INLINE V dx_of(V dy, V d, V rstd, V a, V e, V c) {
+    return (dy * a - (d * rstd) * e) + c;
 }
 
 template <class X, bool SLane, bool WLane, bool Dx, bool Sum, bool Stream, int V>
@@ -831,10 +984,14 @@ NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<Compute
         }
 #pragma GCC unroll 4
         for (int i = 0; i < V; ++i) {
+            if constexpr (Sum && !Dx && V > 1) {
+                prefetch_far(dy.at(r + kSumRows) + i * kMemoryBytes<X>);
+                prefetch_far(x.at(r + kSumRows) + i * kMemoryBytes<X>);
+            }
             const Vec<X> dyv = load_chunk<X, V>(dy.at(r), i, n);
             const Vec<X> d = load_chunk<X, V>(x.at(r), i, n) - hi[i];
             if constexpr (Dx)
-                put<X, Stream>(dx.at(r) + i * kMemoryBytes<X>, (dyv * a[i] - (d * rstd[i]) * e[i]) + c[i], n);
+                put<X, Stream>(dx.at(r) + i * kMemoryBytes<X>, dx_of<Vec<X>>(dyv, d, rstd[i], a[i], e[i], c[i]), n);
             if constexpr (Sum) {
                 const Vec<X> term = Dx ? dyv : dyv * wv[i];
                 sum[i] += term;
@@ -861,9 +1018,86 @@ NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<Compute
     }
 }
 
+// As apply_terms.
+template <class X, bool Stream>
+void dx_terms_down(In dy, In x, Out dx, const Terms<X, 5>& terms, Bundle b, index_t rows) {
+    const index_t off = first_term<X>(b), lanes = b.lanes / b.rows;
+    const Compute<X>*hi = terms.of[0] + off, *rstd = terms.of[1] + off, *a = terms.of[2] + off, *e = terms.of[3] + off,
+                  *c = terms.of[4] + off;
+    index_t r = 0;
+    in_registers<X>(b, [&](auto v) NK_INLINE_LAMBDA {
+        constexpr int V = v;
+        Vec<X> hi_v[V], rstd_v[V], a_v[V], e_v[V], c_v[V];
+        load_lanes<X, V>(hi_v, hi, kWidth<X>);
+        load_lanes<X, V>(rstd_v, rstd, kWidth<X>);
+        load_lanes<X, V>(a_v, a, kWidth<X>);
+        load_lanes<X, V>(e_v, e, kWidth<X>);
+        load_lanes<X, V>(c_v, c, kWidth<X>);
+        for (; rows - r >= b.rows; r += b.rows) {
+            const char *pdy = dy.at(r), *px = x.at(r);
+            char* pdx = dx.at(r);
+#pragma GCC unroll 4
+            for (int i = 0; i < V; ++i) {
+                const index_t o = i * kMemoryBytes<X>;
+                put<X, Stream>(
+                    pdx + o,
+                    dx_of<Vec<X>>(load<X>(pdy + o), load<X>(px + o) - hi_v[i], rstd_v[i], a_v[i], e_v[i], c_v[i]),
+                    kWidth<X>);
+            }
+        }
+    });
+    for (; r < rows; r += b.rows) {
+        const char *pdy = dy.at(r), *px = x.at(r);
+        char* pdx = dx.at(r);
+        for_row<X>(rows - r < b.rows ? (rows - r) * lanes : b.lanes, b.head, [=](index_t l, int n) NK_INLINE_LAMBDA {
+            const index_t o = bytes<X>(l);
+            put<X, Stream>(pdx + o,
+                           dx_of<Vec<X>>(load_rest<X>(pdy + o, n), load_rest<X>(px + o, n) - load_term<X>(hi + l, n),
+                                         load_term<X>(rstd + l, n), load_term<X>(a + l, n), load_term<X>(e + l, n),
+                                         load_term<X>(c + l, n)),
+                           n);
+        });
+    }
+}
+
+// w is the same for all rows; at most kTermLanes lanes.
+template <class X, bool WLane, bool Stream>
+NK_INLINE void dx_down_along(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
+    using T = Compute<X>;
+    const Bundle bundle =
+        bundle_of<X, Stream>(dx, rows, lanes, x.row == bytes<X>(lanes) && dy.row == x.row && dx.row == x.row);
+    Terms<X, 5> terms;
+    for_row<X>(lanes, 0, [&](index_t l, int n) NK_INLINE_LAMBDA {
+        const index_t ow = WLane ? bytes<T>(l) : 0, at = first_term<X>(bundle) + l;
+        const Vec<X> rstd = load_term<X>(s.rstd + l, n);
+        const DxTerms<Vec<X>> more = dx_terms<Vec<X>>(load_term<X>(s.lo + l, n), rstd, load_term<X>(s.mean_g + l, n),
+                                                      load_term<X>(s.mean_g_xhat + l, n));
+        put<T, false>(reinterpret_cast<char*>(terms.of[0] + at), load_term<X>(s.hi + l, n), n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[1] + at), rstd, n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[2] + at),
+                      rstd * load_parameter<X, WLane, 1>({w.p + ow, 0}, 0, 0, n), n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[3] + at), more.e, n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[4] + at), more.c, n);
+    });
+    repeat<X, 5>(terms, bundle);
+    dx_terms_down<X, Stream>(dy, x, dx, terms, bundle, rows);
+}
+
 template <class X, bool SLane, bool WLane, bool Dx, bool Sum, bool Stream>
 NK_INLINE void backward_down_rows(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes,
                                   double* sum_g, double* sum_g_xhat) {
+    if constexpr (SLane && Dx && !Sum) {
+        if (w.row == 0) {
+            for (index_t lane = 0; lane < lanes; lane += kTermLanes<X>) {
+                const index_t o = bytes<X>(lane);
+                dx_down_along<X, WLane, Stream>(shifted(dy, 0, o), shifted(x, 0, o),
+                                                shifted(w, 0, WLane ? bytes<Compute<X>>(lane) : 0), shifted(dx, 0, o),
+                                                shifted(s, lane), rows,
+                                                lanes - lane < kTermLanes<X> ? lanes - lane : kTermLanes<X>);
+            }
+            return;
+        }
+    }
     const index_t at_once = Sum ? rows : kRowsAtOnce;
     for (index_t r = 0; r < rows; r += at_once) {
         const index_t n_rows = rows - r < at_once ? rows - r : at_once;
