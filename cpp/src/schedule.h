@@ -6,7 +6,7 @@
 namespace normkit {
 
 // Lanes of a unit of the columns walk, at most: their statistics stay in L1.
-constexpr index_t kMostLanes = 512;
+constexpr index_t kMostLanes = 1024;
 
 struct Schedule {
     int threads = 1;

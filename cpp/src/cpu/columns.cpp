@@ -90,15 +90,27 @@ void for_sets(const Plan& plan, F f) {
     }
 }
 
-// The statistics of a unit's sets, repeated for the lanes of each.
+// The statistics of the sets, one a lane of each: repeated once, and not for every tile.
 template <class T>
-TileStatistics<T> lane_statistics(const Plan& plan, const SetStatistics<T>& sets, index_t set, const Unit& u,
-                                  T* storage) {
-    if (plan.merge.extent == 1) return sets.tile(set, 0, 1, u.lanes);
-    SetStatistics<T> lanes(storage, u.lanes);
-    for (index_t l = 0; l < u.lanes; ++l) lanes.copy(l, sets, set + l / plan.merge.extent);
-    return lanes.tile(0, 0, 1, u.lanes);
-}
+class LaneStatistics {
+  public:
+    explicit LaneStatistics(const Plan& plan)
+        : merge_(plan.merge.extent),
+          storage_(plan.sets * merge_ * SetStatistics<T>::kArrays),
+          lanes_(storage_.get(), plan.sets * merge_) {}
+    void put(index_t set, const Statistic& statistic) {
+        for (index_t l = set * merge_; l < (set + 1) * merge_; ++l) lanes_.put(l, statistic);
+    }
+    void put_sums(index_t set, double mean_g, double mean_g_xhat) {
+        for (index_t l = set * merge_; l < (set + 1) * merge_; ++l) lanes_.put_sums(l, mean_g, mean_g_xhat);
+    }
+    TileStatistics<T> of(index_t first_set, index_t lanes) const { return lanes_.tile(first_set * merge_, 0, 1, lanes); }
+
+  private:
+    const index_t merge_;
+    const Buffer<T> storage_;
+    SetStatistics<T> lanes_;
+};
 
 // Rows [first, first + n) of one operand of a unit as one strided tile, if memory holds them so.
 bool uniform(const Nest& runs, index_t first, index_t n) {
@@ -114,9 +126,6 @@ Strided gather_rows(const char* p, Dtype dtype, const Nest& runs, Operand o, ind
     }
     return {reinterpret_cast<const char*>(out), lanes * index_t{sizeof(E)}, sizeof(E), kDtype<E>};
 }
-
-template <class T>
-using LaneStorage = T[SetStatistics<T>::kArrays * kMostLanes];
 
 // ------------------------------------------------------------------------------------------------------------ forward
 
@@ -134,8 +143,7 @@ class ColumnsForward {
           blocks_(plan.runs.size(), kLeastBlock, kLeafRows),
           runs_x_(collapse(plan.runs, bit(kX))),
           set_(plan.runs),
-          storage_(plan.sets * SetStatistics<T>::kArrays),
-          statistics_(storage_.get(), plan.sets) {
+          statistics_(plan) {
         set_.push(plan.merge);
     }
 
@@ -264,8 +272,7 @@ class ColumnsForward {
     }
 
     void apply_tile(const Unit& u, const Tiles& tiles, index_t t) const {
-        LaneStorage<T> storage;
-        const TileStatistics<T> s = lane_statistics(plan_, statistics_, units_.set(u), u, storage);
+        const TileStatistics<T> s = statistics_.of(units_.set(u), u.lanes);
         const Tiles::Tile tile = tiles[t];
         const Offsets at = units_.at(u) + tile.at;
         apply(k_, operand(call_.x, call_.dtype, at, tiles, kX), operand(call_.y, call_.dtype, at, tiles, kY),
@@ -282,8 +289,7 @@ class ColumnsForward {
     const RowBlocks blocks_;
     const Nest runs_x_;
     Nest set_;
-    const Buffer<T> storage_;
-    SetStatistics<T> statistics_;
+    LaneStatistics<T> statistics_;
 };
 
 // ----------------------------------------------------------------------------------------------------------- backward
@@ -301,8 +307,7 @@ class ColumnsBackward {
           units_(plan, schedule, kOperandsBackward),
           blocks_(plan.runs.size(), kLeastBlock, kSumRows),
           runs_(collapse(plan.runs, bit(kX) | bit(kDy) | bit(kWeight))),
-          storage_(plan.sets * SetStatistics<T>::kArrays),
-          statistics_(storage_.get(), plan.sets),
+          statistics_(plan),
           parameters_(zeroed_sums(call)) {
         for (int i = 0; i < plan.runs.n; ++i) {
             rows_share_parameters_ = rows_share_parameters_ && plan.runs.axis[i].stride[kGradient] == 0;
@@ -313,8 +318,8 @@ class ColumnsBackward {
         for_sets(plan_, [&](index_t set, index_t i) { statistics_.put(set, given_statistic(call_, i)); });
         const bool wants_set_sums = call_.dx && !call_.constant_statistics;
         const bool wants_cells = call_.parameters && rows_share_parameters_;
-        const Tiles all_rows = units_.rows(kOperandsBackward, 0);
         const index_t n = units_.count(), most = units_.most_lanes(), blocks = blocks_.count();
+        const Tiles all_rows = units_.rows(kOperandsBackward, 0);
         const bool sums = wants_set_sums || wants_cells;
         const bool resident = schedule_.resident;
         const Buffer<double> parts(sums ? 2 * n * (resident ? 1 : blocks) * most : 0);
@@ -387,8 +392,7 @@ class ColumnsBackward {
     // else of g = w * dy.
     void sum_block(const Unit& u, index_t block, double* sum_g, double* sum_g_xhat) const {
         for (index_t l = 0; l < u.lanes; ++l) sum_g[l] = sum_g_xhat[l] = 0;
-        LaneStorage<T> storage;
-        const TileStatistics<T> s = lane_statistics(plan_, statistics_, units_.set(u), u, storage);
+        const TileStatistics<T> s = statistics_.of(units_.set(u), u.lanes);
         const Offsets at = units_.at(u);
         const bool weighted = call_.weight && !rows_share_parameters_;
         const index_t last = blocks_.first(block) + blocks_.size(block);
@@ -448,8 +452,7 @@ class ColumnsBackward {
     }
 
     void dx_tile(const Unit& u, const Tiles& tiles, index_t t) const {
-        LaneStorage<T> storage;
-        const TileStatistics<T> s = lane_statistics(plan_, statistics_, units_.set(u), u, storage);
+        const TileStatistics<T> s = statistics_.of(units_.set(u), u.lanes);
         const Tiles::Tile tile = tiles[t];
         write_dx(k_, call_, units_.at(u) + tile.at, tiles, tile.rows, u.lanes, s, nullptr, nullptr, schedule_.stream);
     }
@@ -461,8 +464,7 @@ class ColumnsBackward {
     const Units units_;
     const RowBlocks blocks_;
     const Nest runs_;
-    const Buffer<T> storage_;
-    SetStatistics<T> statistics_;
+    LaneStatistics<T> statistics_;
     const Buffer<Sums> parameters_;
     bool rows_share_parameters_ = true;
 };
