@@ -91,6 +91,8 @@ struct Tiles {
     index_t rows_per, lanes_per;  // of a tile, but for the last ones
     index_t row_tiles, lane_tiles;
 
+    Tiles() = default;
+
     // Tiles of about `elements` elements, or as large as they come (0). A tile has at most max_rows rows (0: any).
     Tiles(const Nest& nest, index_t elements, index_t max_rows = 0);
 

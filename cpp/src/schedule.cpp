@@ -1,5 +1,7 @@
 #include "schedule.h"
 
+#include <unistd.h>
+
 namespace normkit {
 namespace {
 
@@ -13,13 +15,17 @@ constexpr int kMostThreads = 1024;
 // Results at least this large are written past the caches, if their rows are long enough that whole cache lines are
 // most of what is written. What the system says of L3 is no guide where machines are shared: measured, see
 // docs/decisions/0002-schedule.md.
-constexpr index_t kStreamBytes = index_t{16} << 20;
+constexpr index_t kStreamBytes = index_t{8} << 20;
 constexpr index_t kStreamRow = 256;
 
 // The samples that the threads have in hand, in the columns walk, if their second sweep is to find them in the
-// last-level cache. Time with two sweeps of everything / sample by sample, one thread: group NHWC 2 x 64^2 x 320 forward
-// 1.15, backward 1.13; instance NHWC 4 x 128^2 x 128 forward 1.1, 256 x 28^2 x 128 backward 1.15.
+// last-level cache. Time with two sweeps of everything / sample by sample, one thread: group NHWC 2 x 64^2 x 320
+// forward 1.15, backward 1.13; instance NHWC 4 x 128^2 x 128 forward 1.1, 256 x 28^2 x 128 backward 1.15.
 constexpr index_t kNearSamples = index_t{16} << 20;
+
+// Bytes of a row from which on it pays to do its sums beside the writing of another, where all of them come from beyond
+// L2: layer norm 6272 x 256 takes 1.1 times as long so, 4096 x 768 0.8 times (one thread of a Zen 4, float32).
+constexpr index_t kLeastRow = 2048;
 
 // Elements.
 constexpr index_t kLongSet = index_t{1} << 25;
@@ -34,6 +40,17 @@ index_t lanes_of_unit(index_t all, index_t merge) {
     const index_t pieces = (all + kMostLanes - 1) / kMostLanes;
     const index_t even = ((all + pieces - 1) / pieces + whole - 1) / whole * whole;
     return even <= kMostLanes ? even : kMostLanes / merge * merge;
+}
+
+index_t l2_bytes() {
+    static const index_t bytes = [] {
+        long size = -1;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+        size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+        return index_t{size > 0 ? size : 1 << 20};
+    }();
+    return bytes;
 }
 
 bool choose(int forced, bool automatic) { return forced < 0 ? automatic : forced != 0; }
@@ -55,8 +72,8 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
         s.split = choose(forced.split, (s.threads > 1 && uneven) || plan.set_size >= kLongSet);
         s.resident = choose(forced.resident, true) && !s.split;
     } else {
-        // Resident only with all lanes of a sample at once: a few lanes of many rows lie a power of two apart more often
-        // than not, share the same few sets of the cache and do not stay there.
+        // Resident only with all lanes of a sample at once: a few lanes of many rows lie a power of two apart more
+        // often than not, share the same few sets of the cache and do not stay there.
         const index_t merge = plan.merge.extent, all = plan.lane.extent * merge, samples = plan.kept.size();
         const bool near = plan.runs.size() * all * arrays * element * s.threads <= kNearSamples;
         const bool even = samples % s.threads == 0 || samples >= 4 * s.threads;
@@ -64,6 +81,7 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
         s.split = !s.resident;
         s.lanes = lanes_of_unit(all, merge);
     }
+    s.by_row = plan.set_size * element >= kLeastRow && plan.total * element > l2_bytes() / 2 * s.threads;
     const index_t row = plan.walk == Walk::rows ? plan.run.size() : plan.lane.extent * plan.merge.extent;
     const bool streams = plan.total * element >= kStreamBytes && row >= kStreamRow;
     s.stream = choose(forced.stream, write && !in_place && streams);

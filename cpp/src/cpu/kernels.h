@@ -49,6 +49,38 @@ struct Statistics {
     index_t row = 0;
 };
 
+// Sets that are one row and one leaf each: the arguments of apply_along, without statistics.
+template <class X>
+struct WholeRows {
+    In x;
+    Out y;
+    In w, b;
+    In origin;  // as moments_along
+    index_t rows = 0, lanes = 0;
+    bool center = true, stream = false;
+};
+
+// From the moments of a row to hi, lo and rstd. False: the row is not to be written.
+template <class T>
+struct FinishRow {
+    bool (*finish)(const void* context, index_t row, const Moments& moments, T (&hi_lo_rstd)[3]);
+    const void* context;
+};
+
+// The same for a backward pass. The sums of a row are finished by whoever called: to entries of s.mean_g and
+// s.mean_g_xhat. No sums are added down the lanes where sum_g is null.
+template <class T>
+struct BackwardRows {
+    In dy, x, w;
+    Out dx;
+    Statistics<T> s;
+    index_t rows = 0, lanes = 0;
+    bool stream = false;
+    double *sum_g = nullptr, *sum_g_xhat = nullptr;
+    void (*finish)(const void* context, index_t row, const Sums& sums) = nullptr;
+    const void* context = nullptr;
+};
+
 template <class X>
 struct Kernels {
     using T = Compute<X>;
@@ -68,6 +100,10 @@ struct Kernels {
     // y = ((x - hi) - lo) * rstd * w + b. Index 0: w, b are one value a row; 1: one a lane.
     // stream: non-temporal stores.
     void (*apply_along[2])(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes, bool stream);
+
+    // Moments and apply, row by row. Index as apply_along.
+    void (*forward_rows[2])(const WholeRows<X>& rows, FinishRow<T> finish);
+
     void (*apply_down[2])(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes, bool stream);
 
     // Sums of g = w * dy and g * xhat over `leaves` leaves, leaf_dy and leaf_x bytes apart; leaf i has the statistics
@@ -77,6 +113,10 @@ struct Kernels {
 
     // dx = rstd * (w * dy - mean_g - xhat * mean_g_xhat).
     void (*dx_along[2])(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, bool stream);
+
+    // sums_along and dx_along, row by row, and the sums of dy and dy * xhat down the lanes; w is one a lane.
+    // Preconditions: a row is one leaf, rows <= kSumRows.
+    void (*backward_rows)(const BackwardRows<T>& rows);
 
     // Down the rows: dx, or the sums of each lane, or both in one reading. First index: statistics are one entry a row
     // (0) or a lane (1); second: w likewise. Sums alone (dx.p null) are of g = w * dy, as the mean over S wants; beside

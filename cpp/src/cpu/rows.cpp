@@ -3,6 +3,9 @@
 // A set is a row of leaves: pieces of a run, or several short runs. Moments and backward sums are taken leaf by leaf
 // and merged in the order of the leaves, whoever computed them. Then y (or dx) is written, element by element.
 
+#include <algorithm>
+#include <cstdlib>
+
 #include "walks.h"
 
 namespace normkit::cpu {
@@ -66,12 +69,15 @@ class LeafReader {
     Nest runs_, run_;
 };
 
-// Cuts the sets into pieces of work of about kPieceBytes each.
+// Cuts the sets into pieces of work of about kPieceBytes each; some sets to a piece, so that one can be read while
+// another is written.
+constexpr index_t kLeastSets = 8;
 struct SetPieces {
     index_t sets, per;
     SetPieces(const Plan& plan, index_t element, int threads) : sets(plan.sets) {
         const index_t bytes = plan.set_size * element;
         per = bytes > 0 ? kPieceBytes / bytes : 1;
+        if (per < kLeastSets) per = kLeastSets;
         const index_t fair = sets / (4 * threads);
         if (per > fair) per = fair;
         if (per < 1) per = 1;
@@ -95,6 +101,81 @@ index_t elements_per_piece(const Plan& plan, const Schedule& schedule) {
     return plan.set_size / pieces_per_set(plan, plan.set_size / kStep + 1, schedule) + 1;
 }
 
+// Neighbouring sets as they are written together: the innermost kept axis, so many at a time, and their elements as
+// tiles.
+class SetTiles {
+  public:
+    // bytes: of all arrays that are read, for one element of a set. near: sums are taken of all sets before they are
+    // written, which should find them in L2.
+    SetTiles(const Plan& plan, const Nest& elements, index_t bytes, bool near)
+        : next(plan.kept.n > 0 ? plan.kept.inner() : Axis{}),
+          elements_(elements),
+          interleaved_(elements.n == 1 || is_inside(next, elements.axis[elements.n - 2])),
+          at_once_(number(plan, bytes, near)),
+          tiles_(tiles_of(at_once_)) {}
+
+    const Axis next;  // from a set to its neighbour
+
+    // How many sets from `first` on, and before `last`.
+    index_t take(index_t first, index_t last) const {
+        return std::min({at_once_, last - first, next.extent - first % next.extent});
+    }
+
+    Offsets neighbour(index_t i) const {
+        Offsets o;
+        for (int k = 0; k < kOperands; ++k) o.at[k] = i * next.stride[k];
+        return o;
+    }
+
+    // f(offsets from the first of n sets, tiles, tile, number of the set of its first row, from row to row of sets).
+    template <class F>
+    void for_each(index_t n, F f) const {
+        const Tiles fewer = interleaved_ && n < at_once_ ? tiles_of(n) : Tiles{};
+        const Tiles& tiles = interleaved_ && n < at_once_ ? fewer : tiles_;
+        for (index_t i = 0; i < (interleaved_ ? 1 : n); ++i) {
+            const Offsets at = neighbour(i);
+            for (index_t t = 0; t < tiles.count(); ++t) {
+                const Tiles::Tile tile = tiles[t];
+                f(at, tiles, tile, i + tile.at[kSet], index_t{interleaved_});
+            }
+        }
+    }
+
+  private:
+    static bool is_inside(const Axis& a, const Axis& b) {
+        return std::abs(a.stride[kX]) < std::abs(b.stride[kX]) && std::abs(a.stride[kY]) < std::abs(b.stride[kY]);
+    }
+
+    // Enough for rows of some length where sets are short, or where their runs lie interleaved in memory (batch norm of
+    // small images), so that memory is read and written in order.
+    index_t number(const Plan& plan, index_t bytes, bool near) const {
+        const index_t set = plan.set_size * bytes, run = plan.run.size() * bytes;
+        index_t n = kNearBytes / set;
+        if (interleaved_ && elements_.n > 1) {
+            const index_t rows = kShortRows / run, most = kPieceBytes / set;
+            const index_t wanted = !near || rows < most ? rows : most;
+            if (wanted > n) n = wanted;
+        }
+        return n < 1 ? 1 : n > kSetsAtOnce ? kSetsAtOnce : n;
+    }
+
+    // The elements of n sets, if they are interleaved, or else of one, in the order of memory.
+    Tiles tiles_of(index_t n) const {
+        if (!interleaved_) return Tiles(elements_, 0);
+        Nest all = elements_.without_inner();
+        Axis sets = next;
+        sets.extent = n;
+        all.push(sets);
+        all.push(elements_.inner());
+        return Tiles(all, 0);
+    }
+
+    const Nest elements_;
+    const bool interleaved_;  // rows of neighbouring sets lie between those of a set, or a set is one row
+    const index_t at_once_;
+    const Tiles tiles_;  // of as many sets
+};
+
 // ------------------------------------------------------------------------------------------------------------ forward
 
 template <class X>
@@ -111,11 +192,8 @@ class RowsForward {
           read_x_(plan.runs, plan.run, kX, call.dtype),
           set_(joined(plan.runs, plan.run)),
           elements_(collapse(set_, kForwardOperands)),
-          tiles_(elements_, 0),
-          neighbours_(plan.kept.n > 0 ? plan.kept.inner() : Axis{}),
-          sets_are_rows_(elements_.n == 1),
           leaf_is_set_(leaves_.count() == 1 && read_x_.one_row()),
-          rows_of_sets_(rows_and_lanes(neighbours_, elements_.inner()), 0) {}
+          tiles_(plan, elements_, sizeof(X), !call.given) {}
 
     void run() {
         if (schedule_.resident && !schedule_.split) {
@@ -128,22 +206,113 @@ class RowsForward {
     }
 
   private:
-    // Moments, then apply, a few sets at a time where they are small.
-    void whole_sets(index_t first, index_t last) const {
-        T storage[SetStatistics<T>::kArrays * kSetsAtOnce];
-        SetStatistics<T> statistics(storage, kSetsAtOnce);
+    // Neighbouring sets whose moments are taken before they are written.
+    struct Batch {
+        index_t first = 0, n = 0;
+        Offsets at;  // of the first
         Moments moments[kSetsAtOnce];
-        index_t at_once = kNearBytes / (plan_.set_size * index_t{sizeof(X)});
-        at_once = at_once < 1 ? 1 : at_once > kSetsAtOnce ? kSetsAtOnce : at_once;
-        for (index_t set = first; set < last; set += at_once) {
-            const index_t n = last - set < at_once ? last - set : at_once;
-            if (call_.given) {
-                for (index_t i = 0; i < n; ++i) statistics.put(i, given_statistic(call_, statistic(set + i)));
-            } else {
-                moments_of(set, n, moments);
-                for (index_t i = 0; i < n; ++i) finish(set + i, moments[i], i, statistics);
+        T storage[SetStatistics<T>::kArrays * kSetsAtOnce];
+        SetStatistics<T> statistics{storage, kSetsAtOnce};
+    };
+
+    void whole_sets(index_t first, index_t last) const {
+        if (row_by_row(first, last)) return;
+        Batch batch;
+        for (index_t set = first; set < last && !gives_up(); set += batch.n) {
+            take(set, last, &batch);
+            moments_of(&batch);
+            finish(&batch);
+            if (call_.y) write(batch);
+        }
+    }
+
+    // Sets that are one row and one leaf each: a kernel does the moments of one beside the writing of another. False
+    // where the kernels can't take the rows as they lie.
+    bool row_by_row(index_t first, index_t last) const {
+        if (!schedule_.by_row || !leaf_is_set_ || elements_.n > 1 || call_.given || !call_.y) return false;
+        const Tiles row(elements_, 0);
+        for (index_t set = first, n; set < last; set += n) {
+            n = std::min(last - set, tiles_.next.extent - set % tiles_.next.extent);
+            const RowsFrom context{*this, plan_.kept.offsets(set)};
+            Tiles tiles = row;
+            tiles.rows = tiles_.next;
+            if (!forward_rows(k_, tile_at(context.at, tiles, {Offsets{}, n, row.lanes.extent}, {}),
+                              In{call_.x + context.at[kX], tiles_.next.stride[kX]}, plan_.center,
+                              {finish_row, &context})) {
+                return false;
             }
-            if (call_.y) apply_sets(set, n, statistics, 0);
+        }
+        return true;
+    }
+
+    struct RowsFrom {
+        const RowsForward& walk;
+        const Offsets at;
+    };
+
+    // FinishRow. A set that has to be scaled is written here.
+    static bool finish_row(const void* context, index_t row, const Moments& m, T (&hi_lo_rstd)[3]) {
+        const auto& [walk, first] = *static_cast<const RowsFrom*>(context);
+        const index_t x = first[kX] + row * walk.tiles_.next.stride[kX];
+        const index_t statistic = first[kStatistic] + row * walk.tiles_.next.stride[kStatistic];
+        const Split<T> s =
+            split<T>(finish_set<X>(walk.call_, walk.set_, walk.call_.x + x, walk.plan_.center, m, statistic));
+        hi_lo_rstd[0] = s.hi;
+        hi_lo_rstd[1] = s.lo;
+        hi_lo_rstd[2] = s.rstd;
+        if (s.scale == 1) return true;
+        Batch alone;
+        alone.n = 1;
+        alone.at = first + walk.tiles_.neighbour(row);
+        alone.statistics.put(0, s);
+        walk.write(alone);
+        return false;
+    }
+
+    void take(index_t first, index_t last, Batch* batch) const {
+        batch->first = first;
+        batch->n = tiles_.take(first, last);
+        batch->at = plan_.kept.offsets(first);
+    }
+
+    void moments_of(Batch* batch) const {
+        if (call_.given) return;
+        const index_t next = tiles_.next.stride[kX], leaves = leaves_.count();
+        const char* x = call_.x + batch->at[kX];
+        if (leaf_is_set_) {
+            const Leaves::Leaf row = leaves_[0];
+            moments_along(k_, read_x_(x, row, nullptr), In{x, next}, 1, row.lanes, next, batch->n, plan_.center,
+                          batch->moments);
+            return;
+        }
+        for (index_t i = 0; i < batch->n; ++i, x += next) {
+            Moments all;
+            for (index_t l = 0; l < leaves;) {
+                Moments some[kLeavesAtOnce];
+                const index_t n = some_leaves(x, l, leaves, some);
+                for (index_t j = 0; j < n; ++j) all.merge(some[j]);
+                l += n;
+            }
+            batch->moments[i] = all;
+        }
+    }
+
+    void write(const Batch& batch) const {
+        tiles_.for_each(batch.n, [&](const Offsets& at, const Tiles& tiles, const Tiles::Tile& tile, index_t set,
+                                     index_t step) {
+            apply(k_, tile_at(batch.at + at, tiles, tile, batch.statistics.tile(set, step, 0, step ? tile.rows : 1)));
+        });
+    }
+
+    void finish(Batch* batch) const {
+        for (index_t i = 0; i < batch->n; ++i) {
+            const index_t statistic = batch->at[kStatistic] + i * tiles_.next.stride[kStatistic];
+            if (call_.given) {
+                batch->statistics.put(i, given_statistic(call_, statistic));
+                continue;
+            }
+            const char* x = call_.x + batch->at[kX] + i * tiles_.next.stride[kX];
+            batch->statistics.put(i, finish_set<X>(call_, set_, x, plan_.center, batch->moments[i], statistic));
         }
     }
 
@@ -177,7 +346,7 @@ class RowsForward {
         const index_t n = plan_.sets * tiles.count();
         parallel_for(n, schedule_.threads, [&](index_t back) {
             const index_t i = n - 1 - back, set = i / tiles.count();
-            apply_tile(plan_.kept.offsets(set), tiles, tiles[i % tiles.count()], statistics.tile(set, 0, 0, 1));
+            apply(k_, tile_at(plan_.kept.offsets(set), tiles, tiles[i % tiles.count()], statistics.tile(set, 0, 0, 1)));
         });
     }
 
@@ -198,27 +367,6 @@ class RowsForward {
         return n;
     }
 
-    void moments_of(index_t set, index_t n, Moments* out) const {
-        if (leaf_is_set_ && set % neighbours_.extent + n <= neighbours_.extent) {
-            // Small rows: one call of the kernel for all of them.
-            const Leaves::Leaf row = leaves_[0];
-            const Strided x = read_x_(call_.x + plan_.kept.offset(kX, set), row, nullptr);
-            const index_t next = neighbours_.stride[kX];
-            moments_along(k_, x, In{x.p, next}, 1, row.lanes, next, n, plan_.center, out);
-            return;
-        }
-        for (index_t i = 0; i < n; ++i) {
-            const char* x = call_.x + plan_.kept.offset(kX, set + i);
-            out[i] = Moments{};
-            for (index_t l = 0; l < leaves_.count();) {
-                Moments some[kLeavesAtOnce];
-                const index_t m = some_leaves(x, l, leaves_.count(), some);
-                for (index_t j = 0; j < m; ++j) out[i].merge(some[j]);
-                l += m;
-            }
-        }
-    }
-
     index_t statistic(index_t set) const { return plan_.kept.offset(kStatistic, set); }
 
     // Statistics of a set from its moments: to the caller's arrays and, as number `slot`, to the kernels'.
@@ -227,33 +375,17 @@ class RowsForward {
         statistics.put(slot, finish_set<X>(call_, set_, x, plan_.center, m, statistic(set)));
     }
 
-    void apply_sets(index_t set, index_t n, const SetStatistics<T>& statistics, index_t slot) const {
-        if (sets_are_rows_) {
-            // Rows of neighbouring sets make a tile.
-            while (n > 0) {
-                index_t rows = neighbours_.extent - set % neighbours_.extent;
-                if (rows > n) rows = n;
-                apply_tile(plan_.kept.offsets(set), rows_of_sets_, {Offsets{}, rows, rows_of_sets_.lanes.extent},
-                           statistics.tile(slot, 1, 0, rows));
-                set += rows;
-                slot += rows;
-                n -= rows;
-            }
-            return;
-        }
-        for (index_t i = 0; i < n; ++i) {
-            const Offsets at = plan_.kept.offsets(set + i);
-            const TileStatistics<T> s = statistics.tile(slot + i, 0, 0, 1);
-            for (index_t t = 0; t < tiles_.count(); ++t) apply_tile(at, tiles_, tiles_[t], s);
-        }
-    }
-
-    void apply_tile(const Offsets& set, const Tiles& tiles, const Tiles::Tile& tile, const TileStatistics<T>& s) const {
+    ApplyTo<X> tile_at(const Offsets& set, const Tiles& tiles, const Tiles::Tile& tile,
+                       const TileStatistics<T>& s) const {
         const Offsets at = set + tile.at;
-        apply(k_, operand(call_.x, call_.dtype, at, tiles, kX), operand(call_.y, call_.dtype, at, tiles, kY),
-              parameter(call_.weight, call_.weight_dtype, at, tiles, kWeight, one<T>()),
-              parameter(call_.bias, call_.bias_dtype, at, tiles, kBias, zero<T>()), s, tile.rows, tile.lanes,
-              schedule_.stream);
+        return {operand(call_.x, call_.dtype, at, tiles, kX),
+                operand(call_.y, call_.dtype, at, tiles, kY),
+                parameter(call_.weight, call_.weight_dtype, at, tiles, kWeight, one<T>()),
+                parameter(call_.bias, call_.bias_dtype, at, tiles, kBias, zero<T>()),
+                s,
+                tile.rows,
+                tile.lanes,
+                schedule_.stream};
     }
 
     const Plan& plan_;
@@ -263,11 +395,8 @@ class RowsForward {
     const Leaves leaves_;
     const LeafReader<X> read_x_;
     const Nest set_, elements_;
-    const Tiles tiles_;         // of a set
-    const Axis neighbours_;     // from a set to the next
-    const bool sets_are_rows_;  // every set is one row of elements
-    const bool leaf_is_set_;    // and one leaf
-    const Tiles rows_of_sets_;
+    const bool leaf_is_set_;  // every set is one row and one leaf
+    const SetTiles tiles_;
 };
 
 // ----------------------------------------------------------------------------------------------------------- backward
@@ -318,7 +447,8 @@ class RowsBackward {
           read_w_(runs_, run_, kWeight, call.weight_dtype),
           leaf_is_set_(leaves_.count() == 1 && read_dy_.one_row() && read_x_.one_row() && read_w_.one_row()),
           elements_(collapse(joined(plan.runs, plan.run), kBackwardOperands)),
-          tiles_(elements_, 0),
+          leaf_is_cell_(leaves_.count() == 1 && read_dy_.one_row() && read_x_.one_row()),
+          tiles_(plan, elements_, 2 * sizeof(X), true),
           storage_(plan.sets * SetStatistics<T>::kArrays),
           statistics_(storage_.get(), plan.sets) {}
 
@@ -353,16 +483,44 @@ class RowsBackward {
         if (!wants_set_sums()) return;
         const Offsets at = plan_.kept.offsets(set);
         Sums sums;
-        for (index_t c = 0; c < index_.size(); ++c) {
+        for (index_t c = 0, n = index_.size(); c < n; ++c) {
             double w = 1;
             if (!cells_.by_element && call_.weight) {
-                w = read_double(call_.weight + at[kWeight] + index_.offset(kWeight, c), call_.weight_dtype);
+                w = read_double(call_.weight + at[kWeight] + cell_offset(kWeight, c), call_.weight_dtype);
             }
             sums.g += w * cells[c].g;
             sums.g_xhat += w * cells[c].g_xhat;
         }
         const double count = static_cast<double>(plan_.set_size);
         statistics_.put_sums(set, plan_.center ? sums.g / count : 0, sums.g_xhat / count);
+    }
+
+    // Of cell c from the first of its set.
+    index_t cell_offset(Operand operand, index_t c) const {
+        return index_.n == 1 ? c * index_.inner().stride[operand] : index_.offset(operand, c);
+    }
+
+    // The sums of all cells of n neighbouring sets.
+    void cells_of(index_t set, index_t n, Sums* sums) const {
+        const index_t per_set = index_.size();
+        if (!leaf_is_cell_ || index_.n > 1) {
+            for (index_t c = 0; c < n * per_set; ++c) sums[c] = cell(set + c / per_set, c % per_set);
+            return;
+        }
+        // Rows that follow each other at one distance: the cells of a set, or sets of one cell.
+        const Offsets at = plan_.kept.offsets(set);
+        const Axis& next = per_set > 1 ? index_.inner() : tiles_.next;
+        const Leaves::Leaf row = leaves_[0];
+        for (index_t i = 0; i < (per_set > 1 ? n : 1); ++i) {
+            const Offsets here = at + tiles_.neighbour(i);
+            Strided dy = read_dy_(call_.dy + here[kDy], row, nullptr), x = read_x_(call_.x + here[kX], row, nullptr);
+            dy.row = next.stride[kDy];
+            x.row = next.stride[kX];
+            const index_t rows = per_set > 1 ? per_set : n;
+            const TileStatistics<T> s =
+                per_set > 1 ? statistics_.tile(set + i, 0, 0, 1) : statistics_.tile(set, 1, 0, n);
+            sums_of_rows(k_, dy, x, one<T>(), s, rows, row.lanes, sums + i * per_set);
+        }
     }
 
     Sums cell(index_t set, index_t c) const {
@@ -382,13 +540,14 @@ class RowsBackward {
         if (schedule_.resident && !schedule_.split) {
             const SetPieces pieces(plan_, 2 * sizeof(X), schedule_.threads);
             parallel_for(pieces.count(), schedule_.threads, [&](index_t i) {
-                for (index_t set = pieces.first(i); set < pieces.last(i); ++set) {
-                    load_statistics(set);
+                for (index_t set = pieces.first(i), n; set < pieces.last(i) && !gives_up(); set += n) {
+                    n = tiles_.take(set, pieces.last(i));
+                    for (index_t j = set; j < set + n; ++j) load_statistics(j);
                     if (wants_sums) {
-                        for (index_t c = 0; c < per_set; ++c) sums[set * per_set + c] = cell(set, c);
-                        finish(set, &sums[set * per_set]);
+                        cells_of(set, n, &sums[set * per_set]);
+                        for (index_t j = set; j < set + n; ++j) finish(j, &sums[j * per_set]);
                     }
-                    if (call_.dx) dx_set(set);
+                    if (call_.dx) dx_of_sets(set, n);
                 }
             });
         } else {
@@ -398,7 +557,7 @@ class RowsBackward {
         for (index_t set = 0; set < plan_.sets; ++set) {
             const index_t at = plan_.kept.offset(kGradient, set);
             for (index_t c = 0; c < per_set; ++c) {
-                parameters[at + index_.offset(kGradient, c)] += sums[set * per_set + c];
+                parameters[at + cell_offset(kGradient, c)] += sums[set * per_set + c];
             }
         }
         write_parameters(call_, parameters.get());
@@ -440,10 +599,12 @@ class RowsBackward {
         }
     }
 
-    void dx_set(index_t set) const {
-        const Offsets at = plan_.kept.offsets(set);
-        const TileStatistics<T> s = statistics_.tile(set, 0, 0, 1);
-        for (index_t t = 0; t < tiles_.count(); ++t) dx_tile(at, tiles_, tiles_[t], s);
+    void dx_of_sets(index_t first, index_t n) const {
+        const Offsets all = plan_.kept.offsets(first);
+        tiles_.for_each(
+            n, [&](const Offsets& at, const Tiles& tiles, const Tiles::Tile& tile, index_t set, index_t step) {
+                dx_tile(all + at, tiles, tile, statistics_.tile(first + set, step, 0, step ? tile.rows : 1));
+            });
     }
 
     void dx_tile(const Offsets& set, const Tiles& tiles, const Tiles::Tile& tile, const TileStatistics<T>& s) const {
@@ -455,23 +616,31 @@ class RowsBackward {
     void by_element() {
         const Grid grid(plan_);
         const RowBlocks blocks(grid.rows.size(), kSumRows, kSumRows);
-        const Buffer<double> sums(call_.parameters ? 2 * blocks.count() * grid.width() : 0);
-        const bool one_reading =
-            grid.rows_are_sets && blocks.count() >= schedule_.threads && !schedule_.split && schedule_.resident;
+        const bool one_reading = grid.rows_are_sets && blocks.count() >= schedule_.threads && !schedule_.split &&
+                                 schedule_.resident && (blocks.count() > 1 || grid.lanes.extent <= kLeafLanes);
         if (!one_reading) all_set_sums();
+        // The sums of a single block are the gradients, piece by piece of the lanes.
+        const bool single = call_.parameters && blocks.count() == 1 && grid.others.size() == 1;
+        const Buffer<double> sums(call_.parameters && !single ? 2 * blocks.count() * grid.width() : 0);
         // Few blocks: their lanes are shared too.
         const index_t extent = grid.lanes.extent;
-        const index_t pieces = one_reading ? 1 : lane_pieces_for(blocks.count() * grid.others.size(), extent);
+        index_t pieces = one_reading ? 1 : lane_pieces_for(blocks.count() * grid.others.size(), extent);
+        const index_t least = (extent + kLeafLanes - 1) / kLeafLanes;
+        if (single && pieces < least) pieces = least;
         const index_t lanes_per = ((extent + pieces - 1) / pieces + 63) / 64 * 64;
 
         parallel_for(blocks.count() * pieces, schedule_.threads, [&](index_t i) {
             const index_t block = i / pieces, lane = i % pieces * lanes_per;
             const index_t lanes = extent - lane < lanes_per ? extent - lane : lanes_per;
+            if (lanes <= 0) return;
+            double own[2 * kLeafLanes];
             double* sum_g = call_.parameters ? &sums[2 * block * grid.width() + lane] : nullptr;
-            if (lanes > 0)
-                block_of_rows(grid, blocks.first(block), blocks.size(block), lane, lanes, one_reading, sum_g);
+            if (single) sum_g = own;
+            double* const sum_g_xhat = sum_g + (single ? kLeafLanes : grid.width());
+            block_of_rows(grid, blocks.first(block), blocks.size(block), lane, lanes, one_reading, sum_g, sum_g_xhat);
+            if (single) write_lanes(grid, 0, lane, lanes, sum_g, sum_g_xhat);
         });
-        if (call_.parameters) fold_blocks(grid, blocks.count(), sums.get());
+        if (call_.parameters && !single) fold_blocks(grid, blocks.count(), sums.get());
     }
 
     // The axes by what they are to the parameters: rows add up to one parameter, lanes and `others` don't.
@@ -496,13 +665,13 @@ class RowsBackward {
         index_t width() const { return others.size() * lanes.extent; }
     };
 
-    // dx of `lanes` lanes of some rows, and into sum_g (and, a width further, sum_g_xhat) the sums down the rows.
+    // dx of `lanes` lanes of some rows, and their sums down the rows to sum_g and sum_g_xhat (null: none).
     // own_sets: the rows are sets, whose sums have not been taken yet.
     void block_of_rows(const Grid& grid, index_t first, index_t rows, index_t lane, index_t lanes, bool own_sets,
-                       double* sum_g) {
-        const index_t others = grid.others.size(), extent = grid.lanes.extent, width = grid.width();
+                       double* sum_g, double* sum_g_xhat) {
+        const index_t others = grid.others.size(), extent = grid.lanes.extent;
         for (index_t o = 0; sum_g && o < others; ++o) {
-            for (index_t l = 0; l < lanes; ++l) sum_g[o * extent + l] = sum_g[width + o * extent + l] = 0;
+            for (index_t l = 0; l < lanes; ++l) sum_g[o * extent + l] = sum_g_xhat[o * extent + l] = 0;
         }
         const Tiles tile(rows_and_lanes(grid.rows.inner(), grid.lanes), 0);
         for (index_t r = first; r < first + rows && !gives_up();) {
@@ -511,33 +680,68 @@ class RowsBackward {
             if (n > kSumRows) n = kSumRows;
             if (n > first + rows - r) n = first + rows - r;
             const Offsets row = grid.rows.offsets(r);
+            r += n;
+            if (own_sets && row_by_row(row, tile, n, lanes, sum_g, sum_g_xhat)) continue;
             if (own_sets) sums_of_sets(row[kSet], inner.stride[kSet], n);
             for (index_t o = 0; o < others; ++o) {
                 Offsets at = row + grid.others.offsets(o);
                 for (int k = 0; k < kOperands; ++k) at.at[k] += lane * grid.lanes.stride[k];
                 const TileStatistics<T> s = statistics_.tile(at[kSet], inner.stride[kSet], 0, n);
-                double* to = sum_g ? sum_g + o * extent : nullptr;
-                write_dx(k_, call_, at, tile, n, lanes, s, to, to ? to + width : nullptr, schedule_.stream);
+                const index_t to = o * extent;
+                write_dx(k_, call_, at, tile, n, lanes, s, sum_g ? sum_g + to : nullptr,
+                         sum_g ? sum_g_xhat + to : nullptr, schedule_.stream);
             }
-            r += n;
         }
     }
 
+    // The same for sets that are one row and one leaf each, by a kernel that does the sums of one beside dx of another.
+    // False where the kernels can't.
+    bool row_by_row(const Offsets& at, const Tiles& tile, index_t rows, index_t lanes, double* sum_g,
+                    double* sum_g_xhat) {
+        if (!schedule_.by_row || !leaf_is_set_ || !wants_set_sums() || elements_.n > 1) return false;
+        if (tile.rows.stride[kSet] != 1) return false;
+        for (index_t i = 0; i < rows; ++i) load_statistics(at[kSet] + i);
+        const RowsFrom context{this, at[kSet]};
+        const auto finish_row = [](const void* c, index_t row, const Sums& sums) {
+            const auto* from = static_cast<const RowsFrom*>(c);
+            from->walk->finish(from->first + row, &sums);
+        };
+        return backward_rows(k_, operand(call_.dy, call_.dtype, at, tile, kDy),
+                             operand(call_.x, call_.dtype, at, tile, kX),
+                             parameter(call_.weight, call_.weight_dtype, at, tile, kWeight, one<T>()),
+                             operand(call_.dx, call_.dtype, at, tile, kY), statistics_.tile(at[kSet], 1, 0, rows), rows,
+                             lanes, sum_g, sum_g_xhat, schedule_.stream, finish_row, &context);
+    }
+
+    struct RowsFrom {
+        RowsBackward* walk;
+        index_t first;  // set
+    };
+
     // The sums of all blocks, in order, to the gradients.
     void fold_blocks(const Grid& grid, index_t blocks, const double* sums) const {
-        const index_t width = grid.width(), extent = grid.lanes.extent;
-        const index_t pieces = (width + kPieceBytes / 16 - 1) / (kPieceBytes / 16);
-        parallel_for(pieces, schedule_.threads, [&](index_t piece) {
-            for (index_t i = width * piece / pieces; i < width * (piece + 1) / pieces; ++i) {
-                Sums total;
-                for (index_t block = 0; block < blocks; ++block) {
-                    total.g += sums[2 * block * width + i];
-                    total.g_xhat += sums[(2 * block + 1) * width + i];
-                }
-                const index_t gradient = grid.others.offset(kGradient, i / extent);
-                write_parameter(call_, gradient + i % extent * grid.lanes.stride[kGradient], total);
-            }
-        });
+        const index_t width = grid.width(), extent = grid.lanes.extent, per = kLeafLanes / 4;
+        const index_t pieces = (extent + per - 1) / per;
+        parallel_for(grid.others.size() * pieces, blocks * width < kPieceBytes / 16 ? 1 : schedule_.threads,
+                     [&](index_t i) {
+                         const index_t other = i / pieces, lane = i % pieces * per;
+                         const index_t n = extent - lane < per ? extent - lane : per;
+                         double total[per] = {}, total_xhat[per] = {};
+                         for (index_t block = 0; block < blocks; ++block) {
+                             const double *g = sums + 2 * block * width + other * extent + lane, *g_xhat = g + width;
+                             for (index_t l = 0; l < n; ++l) total[l] += g[l];
+                             for (index_t l = 0; l < n; ++l) total_xhat[l] += g_xhat[l];
+                         }
+                         write_lanes(grid, other, lane, n, total, total_xhat);
+                     });
+    }
+
+    void write_lanes(const Grid& grid, index_t other, index_t lane, index_t n, const double* g,
+                     const double* g_xhat) const {
+        const index_t stride = grid.lanes.stride[kGradient];
+        const index_t first = grid.others.offset(kGradient, other) + lane * stride;
+        write_doubles(call_.dweight, call_.dweight_dtype, first, stride, n, g_xhat);
+        write_doubles(call_.dbias, call_.dbias_dtype, first, stride, n, g);
     }
 
     index_t lane_pieces_for(index_t pieces, index_t lanes) const {
@@ -599,7 +803,8 @@ class RowsBackward {
     const LeafReader<T> read_w_;
     const bool leaf_is_set_;
     const Nest elements_;
-    const Tiles tiles_;  // of a set
+    const bool leaf_is_cell_;
+    const SetTiles tiles_;
     const Buffer<T> storage_;
     SetStatistics<T> statistics_;
 };

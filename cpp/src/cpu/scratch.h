@@ -32,8 +32,8 @@ class SetStatistics {
     SetStatistics(T* storage, index_t sets) : p_(storage), sets_(sets) {}
     static constexpr index_t kArrays = 6;
 
-    void put(index_t set, const Statistic& statistic) {
-        const Split<T> s = split<T>(statistic);
+    void put(index_t set, const Statistic& statistic) { put(set, split<T>(statistic)); }
+    void put(index_t set, const Split<T>& s) {
         hi()[set] = s.hi;
         lo()[set] = s.lo;
         this->rstd()[set] = s.rstd;

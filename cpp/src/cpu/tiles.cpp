@@ -37,7 +37,7 @@ bool per_row(const Strided& a, index_t lanes) {
 }
 
 In in(const Strided& a) { return {a.p, a.row}; }
-Out out(const Strided& a) { return {const_cast<char*>(a.p), a.row}; }
+Out out_of(const Strided& a) { return {const_cast<char*>(a.p), a.row}; }
 
 Strided shifted(const Strided& a, index_t r, index_t l) { return {a.p ? a.at(r, l) : a.p, a.row, a.lane, a.dtype}; }
 
@@ -125,7 +125,7 @@ void apply(const KernelPair<X>& k, Strided x, Strided y, Strided w, Strided b, c
     const auto& kernel = s.lane ? k.direct.apply_down : k.direct.apply_along;
     if (!s.scale && contiguous<X>(x, lanes) && contiguous<X>(y, lanes)) {
         if (per_row<T>(w, lanes) && per_row<T>(b, lanes)) {
-            kernel[0](in(x), out(y), in(w), in(b), s, rows, lanes, stream);
+            kernel[0](in(x), out_of(y), in(w), in(b), s, rows, lanes, stream);
             return;
         }
         const bool no_w = w.p == one<T>().p, no_b = b.p == zero<T>().p;
@@ -135,7 +135,7 @@ void apply(const KernelPair<X>& k, Strided x, Strided y, Strided w, Strided b, c
             if (no_b) b.lane = sizeof(T);
             const index_t reach = no_w || no_b ? kConstantLanes : lanes;
             for (index_t l = 0; l < lanes; l += reach) {
-                kernel[1](in(shifted(x, 0, l)), out(shifted(y, 0, l)), in(no_w ? w : shifted(w, 0, l)),
+                kernel[1](in(shifted(x, 0, l)), out_of(shifted(y, 0, l)), in(no_w ? w : shifted(w, 0, l)),
                           in(no_b ? b : shifted(b, 0, l)), shifted(s, 0, l), rows,
                           lanes - l < reach ? lanes - l : reach, stream);
             }
@@ -164,9 +164,9 @@ void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided 
         (per_row<T>(w, lanes) || contiguous<T>(w, lanes))) {
         const bool w_lane = !per_row<T>(w, lanes);
         if (!sum_g && s.lane == 0) {
-            k.direct.dx_along[w_lane](in(dy), in(x), in(w), out(dx), s, rows, lanes, stream);
+            k.direct.dx_along[w_lane](in(dy), in(x), in(w), out_of(dx), s, rows, lanes, stream);
         } else {
-            k.direct.backward_down[s.lane][w_lane](in(dy), in(x), in(w), out(dx), s, rows, lanes, sum_g, sum_g_xhat,
+            k.direct.backward_down[s.lane][w_lane](in(dy), in(x), in(w), out_of(dx), s, rows, lanes, sum_g, sum_g_xhat,
                                                    stream);
         }
         return;
@@ -185,6 +185,21 @@ void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided 
         multiply(ps, n_rows, n, pdx);
         scatter<X>(pdx, n_rows, n, shifted(dx, r, l));
     });
+}
+
+template <class X>
+bool backward_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx,
+                   const TileStatistics<Compute<X>>& s, index_t rows, index_t lanes, double* sum_g, double* sum_g_xhat,
+                   bool stream, void (*finish)(const void*, index_t, const Sums&), const void* context) {
+    using T = Compute<X>;
+    if (w.p == one<T>().p && lanes <= kConstantLanes) w.lane = sizeof(T);
+    if (s.scale || !contiguous<X>(dy, lanes) || !contiguous<X>(x, lanes) || !contiguous<X>(dx, lanes) ||
+        !contiguous<T>(w, lanes)) {
+        return false;
+    }
+    k.direct.backward_rows(
+        {in(dy), in(x), in(w), out_of(dx), s, rows, lanes, stream, sum_g, sum_g_xhat, finish, context});
+    return true;
 }
 
 template <class X>
@@ -237,6 +252,24 @@ void moments_along(const KernelPair<X>& k, Strided x, In origin, index_t rows, i
 }
 
 template <class X>
+bool forward_rows(const KernelPair<X>& k, const ApplyTo<X>& rows, In origin, bool center,
+                  FinishRow<Compute<X>> finish) {
+    using T = Compute<X>;
+    if (!contiguous<X>(rows.x, rows.lanes) || !contiguous<X>(rows.y, rows.lanes)) return false;
+    Strided w = rows.w, b = rows.b;
+    const bool one_a_row = per_row<T>(w, rows.lanes) && per_row<T>(b, rows.lanes);
+    if (!one_a_row && rows.lanes <= kConstantLanes) {
+        // The absent one of the two as a vector of constants.
+        if (w.p == one<T>().p) w.lane = sizeof(T);
+        if (b.p == zero<T>().p) b.lane = sizeof(T);
+    }
+    if (!one_a_row && !(contiguous<T>(w, rows.lanes) && contiguous<T>(b, rows.lanes))) return false;
+    k.direct.forward_rows[!one_a_row](
+        {in(rows.x), out_of(rows.y), in(w), in(b), origin, rows.rows, rows.lanes, center, rows.stream}, finish);
+    return true;
+}
+
+template <class X>
 void moments_down(const KernelPair<X>& k, Strided x, const Compute<X>* origin, index_t rows, index_t lanes,
                   index_t seen, bool center, double* mean, double* M2) {
     if (contiguous<X>(x, lanes)) {
@@ -260,19 +293,23 @@ template Strided one<double>();
 template Strided zero<float>();
 template Strided zero<double>();
 
-#define NORMKIT_INSTANTIATE(name, X, T)                                                                               \
-    template void gather<X>(Strided, index_t, index_t, X*);                                                           \
-    template void apply<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&,        \
-                           index_t, index_t, bool);                                                                   \
-    template void backward<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&,     \
-                              index_t, index_t, double*, double*, bool);                                              \
-    template Sums sums_along<X>(const KernelPair<X>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,   \
-                                index_t);                                                                             \
-    template void sums_of_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t, \
-                                  index_t, Sums*);                                                                    \
-    template void moments_along<X>(const KernelPair<X>&, Strided, In, index_t, index_t, index_t, index_t, bool,       \
-                                   Moments*);                                                                         \
-    template void moments_down<X>(const KernelPair<X>&, Strided, const T*, index_t, index_t, index_t, bool, double*,  \
+#define NORMKIT_INSTANTIATE(name, X, T)                                                                                \
+    template void gather<X>(Strided, index_t, index_t, X*);                                                            \
+    template void apply<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&,         \
+                           index_t, index_t, bool);                                                                    \
+    template void backward<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&,      \
+                              index_t, index_t, double*, double*, bool);                                               \
+    template Sums sums_along<X>(const KernelPair<X>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,    \
+                                index_t);                                                                              \
+    template void sums_of_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,  \
+                                  index_t, Sums*);                                                                     \
+    template void moments_along<X>(const KernelPair<X>&, Strided, In, index_t, index_t, index_t, index_t, bool,        \
+                                   Moments*);                                                                          \
+    template bool backward_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&, \
+                                   index_t, index_t, double*, double*, bool,                                           \
+                                   void (*)(const void*, index_t, const Sums&), const void*);                          \
+    template bool forward_rows<X>(const KernelPair<X>&, const ApplyTo<X>&, In, bool, FinishRow<T>);                    \
+    template void moments_down<X>(const KernelPair<X>&, Strided, const T*, index_t, index_t, index_t, bool, double*,   \
                                   double*);
 NORMKIT_FOR_DTYPES(NORMKIT_INSTANTIATE)
 

@@ -31,6 +31,15 @@ Strided one();
 template <class T>
 Strided zero();
 
+// A tile to be normalized: the arguments of `apply`.
+template <class X>
+struct ApplyTo {
+    Strided x, y, w, b;
+    TileStatistics<Compute<X>> s;
+    index_t rows, lanes;
+    bool stream;
+};
+
 // The kernels for elements as they lie in memory, and for buffers, whose elements are of the type of arithmetic.
 template <class X>
 struct KernelPair {
@@ -43,11 +52,22 @@ template <class X>
 void apply(const KernelPair<X>& k, Strided x, Strided y, Strided w, Strided b, const TileStatistics<Compute<X>>& s,
            index_t rows, index_t lanes, bool stream);
 
+template <class X>
+void apply(const KernelPair<X>& k, const ApplyTo<X>& t) {
+    apply(k, t.x, t.y, t.w, t.b, t.s, t.rows, t.lanes, t.stream);
+}
+
 // dx, the sums down each lane, or both: k.dx_along where only dx is wanted and the statistics are one a row, else
 // k.backward_down. dx.p or sum_g may be null.
 template <class X>
 void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx, const TileStatistics<Compute<X>>& s,
               index_t rows, index_t lanes, double* sum_g, double* sum_g_xhat, bool stream);
+
+// k.backward_rows on rows as they lie. False, and nothing done, where the kernels can't.
+template <class X>
+bool backward_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx,
+                   const TileStatistics<Compute<X>>& s, index_t rows, index_t lanes, double* sum_g, double* sum_g_xhat,
+                   bool stream, void (*finish)(const void*, index_t, const Sums&), const void* context);
 
 // One leaf of one set: s.row = s.lane = 0.
 template <class X>
@@ -63,6 +83,10 @@ void sums_of_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, cons
 template <class X>
 void moments_along(const KernelPair<X>& k, Strided x, In origin, index_t rows, index_t lanes, index_t leaf,
                    index_t leaves, bool center, Moments* out);
+
+// k.forward_rows on rows as they lie; `rows` without statistics. False, and nothing done, where the kernels can't.
+template <class X>
+bool forward_rows(const KernelPair<X>& k, const ApplyTo<X>& rows, In origin, bool center, FinishRow<Compute<X>> finish);
 
 // As the kernel.
 template <class X>

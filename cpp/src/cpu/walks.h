@@ -12,6 +12,7 @@ namespace normkit::cpu {
 
 constexpr index_t kPieceBytes = 256 * 1024;  // of work handed to a thread at a time
 constexpr index_t kNearBytes = 64 * 1024;    // of small sets whose moments are taken before they are applied
+constexpr index_t kShortRows = 16 * 1024;    // of neighbouring runs that are written in one go
 constexpr index_t kSetsAtOnce = 64;
 
 // Elements that are worked on without a look at whether to give up: about a millisecond.
@@ -96,18 +97,29 @@ void write_dx(const KernelPair<X>& k, const BackwardCall& call, const Offsets& a
     }
 }
 
+// n numbers to an array (null: none), `stride` elements apart.
+inline void write_doubles(char* to, Dtype dtype, index_t first, index_t stride, index_t n, const double* v) {
+    if (!to) return;
+    with_dtype(dtype, [&](auto element) {
+        using E = decltype(element);
+        char* const p = to + first * index_t{sizeof(E)};
+        const auto write = [p, v](index_t i, index_t at) {
+            E value;
+            from_double(v[i], &value);
+            std::memcpy(p + at * index_t{sizeof(E)}, &value, sizeof value);
+        };
+        if (stride == 1) {
+            for (index_t i = 0; i < n; ++i) write(i, i);
+        } else {
+            for (index_t i = 0; i < n; ++i) write(i, i * stride);
+        }
+    });
+}
+
 // The gradient of parameter number p, to whichever of the caller's arrays there are.
 inline void write_parameter(const BackwardCall& call, index_t p, const Sums& sums) {
-    const auto write = [p](char* to, Dtype dtype, double v) {
-        if (dtype == Dtype::float32) {  // most are, and a layer norm writes very many
-            const float value = static_cast<float>(v);
-            std::memcpy(to + p * index_t{sizeof value}, &value, sizeof value);
-        } else if (to) {
-            write_double(to + p * size_of(dtype), dtype, v);
-        }
-    };
-    write(call.dweight, call.dweight_dtype, sums.g_xhat);
-    write(call.dbias, call.dbias_dtype, sums.g);
+    write_doubles(call.dweight, call.dweight_dtype, p, 1, 1, &sums.g_xhat);
+    write_doubles(call.dbias, call.dbias_dtype, p, 1, 1, &sums.g);
 }
 
 inline Buffer<Sums> zeroed_sums(const BackwardCall& call) {
