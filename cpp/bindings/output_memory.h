@@ -1,6 +1,7 @@
-// Memory of large results. The system finds a fresh page when it is first written to, and zeroes it: for a result of
-// 134 MB that takes 17 ms in huge pages and 65 ms in small ones, where writing alone takes 5 (one thread of an AMD
-// EPYC, Zen 4). So large results lie in huge pages, and their memory is kept for the next one.
+// Memory of large results. The system finds a fresh page when it is first written to, and zeroes it: to write 134 MB
+// takes 5 ms where pages are there, 17 ms in fresh huge ones, 65 ms in fresh small ones (one thread of an AMD EPYC, Zen
+// 4). So large results lie in huge pages, and their memory is kept for the next one. They also begin at a cache line,
+// as stores past the caches want it: NumPy's begin 16 bytes after one, and 32 MiB of layer norm take 1.6 times as long.
 
 #pragma once
 
