@@ -4,6 +4,8 @@
 // blocks of rows, the blocks merged in order. Then the lanes of a set are merged (group norm: C/G neighbours).
 // A unit of work is a block of neighbouring lanes, all of its rows (resident) or one block of them.
 
+#include <algorithm>
+
 #include "walks.h"
 
 namespace normkit::cpu {
@@ -44,6 +46,8 @@ class Units {
     }
     index_t most_lanes() const { return per_ * plan_.merge.extent; }
     index_t per_outer() const { return pieces_; }
+    // Of a row.
+    index_t lanes() const { return plan_.lane.extent * plan_.merge.extent; }
 
     Offsets at(const Unit& u) const {
         Offsets o = plan_.kept.offsets(u.outer);
@@ -88,6 +92,21 @@ void for_sets(const Plan& plan, F f) {
         const index_t first = plan.kept.offset(kStatistic, outer);
         for (index_t l = 0; l < plan.lane.extent; ++l) f(set++, first + l * plan.lane.stride[kStatistic]);
     }
+}
+
+// Few lanes fill few vectors, so their rows are folded: so many rows that lie without a gap are one row of more lanes,
+// and the sums of the lanes that belong together are merged when a block of rows is done. It decides bits, and follows
+// from extents and strides alone: the least power of two that makes whole chunks of 64 lanes, as far as a block keeps
+// kSumRows such rows.
+constexpr index_t kMostFolded = 256;  // lanes
+index_t fold_of(const Units& units, const Nest& runs, Operand o, const RowBlocks& blocks) {
+    const index_t lanes = units.most_lanes();
+    const bool whole_rows = lanes == units.lanes();
+    if (!whole_rows || runs.n != 1 || runs.inner().stride[o] != lanes * units.lane_stride(o)) return 1;
+    index_t fold = 1;
+    while (fold * lanes % 64 != 0) fold *= 2;
+    while (fold > 1 && (fold * lanes > kMostFolded || fold * kSumRows > blocks.block)) fold /= 2;
+    return fold;
 }
 
 // The statistics of the sets, one a lane of each: repeated once, and not for every tile.
@@ -142,6 +161,7 @@ class ColumnsForward {
           units_(plan, schedule, kOperandsForward),
           blocks_(plan.runs.size(), kLeastBlock, kLeafRows),
           runs_x_(collapse(plan.runs, bit(kX))),
+          fold_(fold_of(units_, runs_x_, kX, blocks_)),
           set_(plan.runs),
           statistics_(plan) {
         set_.push(plan.merge);
@@ -207,15 +227,32 @@ class ColumnsForward {
             for (index_t l = 0; l < u.lanes; ++l) {
                 origin[l] = origin_of<X>(p + l / plan_.merge.extent * plan_.lane.stride[kX], plan_.center);
             }
+            for (index_t l = u.lanes; l < u.lanes * fold_; ++l) origin[l] = origin[l - u.lanes];
         }
         const index_t lane = units_.lane_stride(kX), first = blocks_.first(block), rows = blocks_.size(block);
         if (uniform(runs_x_, first, rows)) {
-            Strided x{p + runs_x_.offset(kX, first), runs_x_.inner().stride[kX], lane, call_.dtype};
-            for (index_t r = 0; r < rows && !gives_up(); r += kRowsBetweenQuestions) {
-                const index_t n = rows - r < kRowsBetweenQuestions ? rows - r : kRowsBetweenQuestions;
-                moments_down(k_, x, origin, n, u.lanes, r, plan_.center, mean, M2);
-                x.p += n * x.row;
+            Strided x{p + runs_x_.offset(kX, first), runs_x_.inner().stride[kX] * fold_, lane, call_.dtype};
+            const auto add = [&](index_t n_rows, index_t lanes, double* to_mean, double* to_M2) {
+                for (index_t r = 0; r < n_rows && !gives_up(); r += kRowsBetweenQuestions) {
+                    const index_t n = n_rows - r < kRowsBetweenQuestions ? n_rows - r : kRowsBetweenQuestions;
+                    moments_down(k_, x, origin, n, lanes, r, plan_.center, to_mean, to_M2);
+                    x.p += n * x.row;
+                }
+            };
+            if (fold_ == 1) {
+                add(rows, u.lanes, mean, M2);
+                return;
             }
+            const index_t folded = rows / fold_, lanes = u.lanes * fold_;
+            double all_mean[kMostFolded] = {}, all_M2[kMostFolded] = {};
+            add(folded, lanes, all_mean, all_M2);
+            for (index_t l = 0; l < u.lanes && folded > 0; ++l) {
+                const Moments m = merged(static_cast<double>(folded), all_mean + l, all_M2 + l, fold_, u.lanes);
+                mean[l] = m.mean;
+                M2[l] = m.M2;
+            }
+            x.row /= fold_;
+            moments_down(k_, x, origin, rows - folded * fold_, u.lanes, folded * fold_, plan_.center, mean, M2);
             return;
         }
         X buffer[kLeafRows * kGatherLanes];
@@ -247,26 +284,25 @@ class ColumnsForward {
         const double count = static_cast<double>(blocks_.rows);
         for (index_t i = 0; i < u.sets; ++i) {
             const index_t first = i * plan_.merge.extent;
-            const Moments m = merged(count, mean + first, M2 + first);
+            const Moments m = merged(count, mean + first, M2 + first, plan_.merge.extent, 1);
             const char* x = call_.x + at[kX] + i * plan_.lane.stride[kX];
             const index_t statistic = at[kStatistic] + i * plan_.lane.stride[kStatistic];
             statistics_.put(units_.set(u) + i, finish_set<X>(call_, set_, x, plan_.center, m, statistic));
         }
     }
 
-    // Moments::merge of lanes of equal counts, all at once: the divisions of one after the other cost more than the
+    // Moments::merge of lanes of equal counts, so far `apart`, all at once: the divisions of one after the other cost more than the
     // rows.
-    Moments merged(double count, const double* mean, const double* M2) const {
-        const index_t lanes = plan_.merge.extent;
+    static Moments merged(double count, const double* mean, const double* M2, index_t lanes, index_t apart) {
         Moments m{count * static_cast<double>(lanes), mean[0], M2[0]};
         if (lanes == 1) return m;
         for (index_t j = 1; j < lanes; ++j) {
-            m.mean += mean[j];
-            m.M2 += M2[j];
+            m.mean += mean[j * apart];
+            m.M2 += M2[j * apart];
         }
         m.mean /= static_cast<double>(lanes);
         double between = 0;
-        for (index_t j = 0; j < lanes; ++j) between += (mean[j] - m.mean) * (mean[j] - m.mean);
+        for (index_t j = 0; j < lanes; ++j) between += (mean[j * apart] - m.mean) * (mean[j * apart] - m.mean);
         m.M2 += count * between;
         return m;
     }
@@ -288,6 +324,7 @@ class ColumnsForward {
     const Units units_;
     const RowBlocks blocks_;
     const Nest runs_x_;
+    const index_t fold_;
     Nest set_;
     LaneStatistics<T> statistics_;
 };
@@ -307,6 +344,7 @@ class ColumnsBackward {
           units_(plan, schedule, kOperandsBackward),
           blocks_(plan.runs.size(), kLeastBlock, kSumRows),
           runs_(collapse(plan.runs, bit(kX) | bit(kDy) | bit(kWeight))),
+          fold_(std::min(fold_of(units_, runs_, kX, blocks_), fold_of(units_, runs_, kDy, blocks_))),
           statistics_(plan),
           parameters_(zeroed_sums(call)) {
         for (int i = 0; i < plan.runs.n; ++i) {
@@ -395,9 +433,43 @@ class ColumnsBackward {
         const TileStatistics<T> s = statistics_.of(units_.set(u), u.lanes);
         const Offsets at = units_.at(u);
         const bool weighted = call_.weight && !rows_share_parameters_;
-        const index_t last = blocks_.first(block) + blocks_.size(block);
+        index_t first = blocks_.first(block);
+        const index_t last = first + blocks_.size(block);
         index_t until_question = 0;
-        for (index_t r = blocks_.first(block); r < last; r += kSumRows) {
+        if (fold_ > 1 && !weighted) {
+            // A table of the statistics of folded lanes, and their sums.
+            const index_t lanes = u.lanes * fold_, n_rows = (last - first) / fold_;
+            T terms[4][kMostFolded];
+            TileStatistics<T> folded = s;
+            const T** p[] = {&folded.hi, &folded.lo, &folded.rstd, &folded.scale};
+            for (int i = 0; i < 4; ++i) {
+                if (!*p[i]) continue;
+                for (index_t row = 0; row < lanes; row += u.lanes) std::copy_n(*p[i], u.lanes, terms[i] + row);
+                *p[i] = terms[i];
+            }
+            double g[kMostFolded] = {}, g_xhat[kMostFolded] = {};
+            const Offsets o = at + runs_.offsets(first);
+            for (index_t r = 0; r < n_rows; r += kSumRows) {
+                if (--until_question < 0) {
+                    if (gives_up()) return;
+                    until_question = kRowsBetweenQuestions / kSumRows;
+                }
+                const auto tile = [&](const char* base, Operand k) {
+                    const index_t row = runs_.inner().stride[k] * fold_;
+                    return Strided{base + o[k] + r * row, row, units_.lane_stride(k), call_.dtype};
+                };
+                backward(k_, tile(call_.dy, kDy), tile(call_.x, kX), one<T>(), Strided{}, folded,
+                         n_rows - r < kSumRows ? n_rows - r : kSumRows, lanes, g, g_xhat, false);
+            }
+            for (index_t row = 0; row < lanes; row += u.lanes) {
+                for (index_t l = 0; l < u.lanes; ++l) {
+                    sum_g[l] += g[row + l];
+                    sum_g_xhat[l] += g_xhat[row + l];
+                }
+            }
+            first += n_rows * fold_;
+        }
+        for (index_t r = first; r < last; r += kSumRows) {
             if (--until_question < 0) {
                 if (gives_up()) return;
                 until_question = kRowsBetweenQuestions / kSumRows;
@@ -464,6 +536,7 @@ class ColumnsBackward {
     const Units units_;
     const RowBlocks blocks_;
     const Nest runs_;
+    const index_t fold_;
     LaneStatistics<T> statistics_;
     const Buffer<Sums> parameters_;
     bool rows_share_parameters_ = true;
