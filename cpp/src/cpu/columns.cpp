@@ -123,7 +123,9 @@ class LaneStatistics {
     void put_sums(index_t set, double mean_g, double mean_g_xhat) {
         for (index_t l = set * merge_; l < (set + 1) * merge_; ++l) lanes_.put_sums(l, mean_g, mean_g_xhat);
     }
-    TileStatistics<T> of(index_t first_set, index_t lanes) const { return lanes_.tile(first_set * merge_, 0, 1, lanes); }
+    TileStatistics<T> of(index_t first_set, index_t lanes) const {
+        return lanes_.tile(first_set * merge_, 0, 1, lanes);
+    }
 
   private:
     const index_t merge_;
@@ -291,8 +293,8 @@ class ColumnsForward {
         }
     }
 
-    // Moments::merge of lanes of equal counts, so far `apart`, all at once: the divisions of one after the other cost more than the
-    // rows.
+    // Moments::merge of lanes of equal counts, so far `apart`, all at once: the divisions of one after the other cost
+    // more than the rows.
     static Moments merged(double count, const double* mean, const double* M2, index_t lanes, index_t apart) {
         Moments m{count * static_cast<double>(lanes), mean[0], M2[0]};
         if (lanes == 1) return m;
@@ -344,11 +346,14 @@ class ColumnsBackward {
           units_(plan, schedule, kOperandsBackward),
           blocks_(plan.runs.size(), kLeastBlock, kSumRows),
           runs_(collapse(plan.runs, bit(kX) | bit(kDy) | bit(kWeight))),
-          fold_(std::min(fold_of(units_, runs_, kX, blocks_), fold_of(units_, runs_, kDy, blocks_))),
           statistics_(plan),
           parameters_(zeroed_sums(call)) {
         for (int i = 0; i < plan.runs.n; ++i) {
             rows_share_parameters_ = rows_share_parameters_ && plan.runs.axis[i].stride[kGradient] == 0;
+        }
+        // Not by whether there is a weight: a weight of ones gives the bits of none.
+        if (rows_share_parameters_) {
+            fold_ = std::min(fold_of(units_, runs_, kX, blocks_), fold_of(units_, runs_, kDy, blocks_));
         }
     }
 
@@ -432,12 +437,10 @@ class ColumnsBackward {
         for (index_t l = 0; l < u.lanes; ++l) sum_g[l] = sum_g_xhat[l] = 0;
         const TileStatistics<T> s = statistics_.of(units_.set(u), u.lanes);
         const Offsets at = units_.at(u);
-        const bool weighted = call_.weight && !rows_share_parameters_;
         index_t first = blocks_.first(block);
         const index_t last = first + blocks_.size(block);
-        index_t until_question = 0;
-        if (fold_ > 1 && !weighted) {
-            // A table of the statistics of folded lanes, and their sums.
+        if (fold_ > 1) {
+            // The statistics of the folded lanes, and their sums.
             const index_t lanes = u.lanes * fold_, n_rows = (last - first) / fold_;
             T terms[4][kMostFolded];
             TileStatistics<T> folded = s;
@@ -448,19 +451,7 @@ class ColumnsBackward {
                 *p[i] = terms[i];
             }
             double g[kMostFolded] = {}, g_xhat[kMostFolded] = {};
-            const Offsets o = at + runs_.offsets(first);
-            for (index_t r = 0; r < n_rows; r += kSumRows) {
-                if (--until_question < 0) {
-                    if (gives_up()) return;
-                    until_question = kRowsBetweenQuestions / kSumRows;
-                }
-                const auto tile = [&](const char* base, Operand k) {
-                    const index_t row = runs_.inner().stride[k] * fold_;
-                    return Strided{base + o[k] + r * row, row, units_.lane_stride(k), call_.dtype};
-                };
-                backward(k_, tile(call_.dy, kDy), tile(call_.x, kX), one<T>(), Strided{}, folded,
-                         n_rows - r < kSumRows ? n_rows - r : kSumRows, lanes, g, g_xhat, false);
-            }
+            if (!sum_rows(at, first, n_rows, fold_, lanes, folded, g, g_xhat)) return;
             for (index_t row = 0; row < lanes; row += u.lanes) {
                 for (index_t l = 0; l < u.lanes; ++l) {
                     sum_g[l] += g[row + l];
@@ -469,6 +460,11 @@ class ColumnsBackward {
             }
             first += n_rows * fold_;
         }
+        if (uniform(runs_, first, last - first)) {
+            sum_rows(at, first, last - first, 1, u.lanes, s, sum_g, sum_g_xhat);
+            return;
+        }
+        index_t until_question = 0;
         for (index_t r = first; r < last; r += kSumRows) {
             if (--until_question < 0) {
                 if (gives_up()) return;
@@ -476,13 +472,7 @@ class ColumnsBackward {
             }
             const index_t n = last - r < kSumRows ? last - r : kSumRows;
             if (uniform(runs_, r, n)) {
-                const Offsets o = at + runs_.offsets(r);
-                const auto tile = [&](const char* base, Dtype dtype, Operand k) {
-                    return Strided{base + o[k], runs_.inner().stride[k], units_.lane_stride(k), dtype};
-                };
-                backward(k_, tile(call_.dy, call_.dtype, kDy), tile(call_.x, call_.dtype, kX),
-                         weighted ? tile(call_.weight, call_.weight_dtype, kWeight) : one<T>(), Strided{}, s, n,
-                         u.lanes, sum_g, sum_g_xhat, false);
+                sum_rows(at, r, n, 1, u.lanes, s, sum_g, sum_g_xhat);
                 continue;
             }
             X dy[kSumRows * kGatherLanes], x[kSumRows * kGatherLanes];
@@ -498,10 +488,30 @@ class ColumnsBackward {
                     if (*p) *p += l;
                 }
                 backward(k_, tile(call_.dy, call_.dtype, kDy, dy), tile(call_.x, call_.dtype, kX, x),
-                         weighted ? tile(call_.weight, call_.weight_dtype, kWeight, w) : one<T>(), Strided{}, shifted,
+                         weighted() ? tile(call_.weight, call_.weight_dtype, kWeight, w) : one<T>(), Strided{}, shifted,
                          n, lanes, sum_g + l, sum_g_xhat + l, false);
             }
         }
+    }
+
+    bool weighted() const { return call_.weight && !rows_share_parameters_; }
+
+    // `rows` rows that are evenly spaced, or so many times `fold` of them. False: gives up.
+    bool sum_rows(const Offsets& at, index_t first, index_t rows, index_t fold, index_t lanes,
+                  const TileStatistics<T>& s, double* sum_g, double* sum_g_xhat) const {
+        const Offsets o = at + runs_.offsets(first);
+        const auto tile = [&](const char* base, Dtype dtype, Operand k) {
+            return Strided{base + o[k], runs_.inner().stride[k] * fold, units_.lane_stride(k), dtype};
+        };
+        Strided dy = tile(call_.dy, call_.dtype, kDy), x = tile(call_.x, call_.dtype, kX);
+        Strided w = weighted() ? tile(call_.weight, call_.weight_dtype, kWeight) : one<T>();
+        for (index_t r = 0; r < rows; r += kSumRows) {
+            if (r % kRowsBetweenQuestions == 0 && gives_up()) return false;
+            const index_t n = rows - r < kSumRows ? rows - r : kSumRows;
+            backward(k_, dy, x, w, Strided{}, s, n, lanes, sum_g, sum_g_xhat, false);
+            for (Strided* operand : {&dy, &x, &w}) operand->p += n * operand->row;
+        }
+        return true;
     }
 
     void finish(const Unit& u, const double* sum_g, const double* sum_g_xhat) {
@@ -536,7 +546,7 @@ class ColumnsBackward {
     const Units units_;
     const RowBlocks blocks_;
     const Nest runs_;
-    const index_t fold_;
+    index_t fold_ = 1;
     LaneStatistics<T> statistics_;
     const Buffer<Sums> parameters_;
     bool rows_share_parameters_ = true;

@@ -857,8 +857,7 @@ NK_INLINE void leaf_down(In x, const Compute<X>* origin, index_t rows, int n, do
                 if constexpr (kAboutOrigin<X>) {
                     means[i].v[0] += v - from[i];
                 } else {
-                    const Widened<T> wide =
-                        V > 1 ? load_widened<X>(x.at(r) + i * kMemoryBytes<X>) : widened<T>(v);
+                    const Widened<T> wide = V > 1 ? load_widened<X>(x.at(r) + i * kMemoryBytes<X>) : widened<T>(v);
 #pragma GCC unroll 2
                     for (int j = 0; j < W; ++j) means[i].v[j] += wide.v[j];
                 }
