@@ -20,7 +20,7 @@ constexpr index_t kStreamRow = 256;
 
 // The samples that the threads have in hand, in the columns walk, if their second sweep is to find them in the
 // last-level cache. Time with two sweeps of everything / sample by sample, one thread: group NHWC 2 x 64^2 x 320
-// forward 1.15, backward 1.13; instance NHWC 4 x 128^2 x 128 forward 1.1, 256 x 28^2 x 128 backward 1.15.
+// forward 1.0 to 1.15; instance NHWC 256 x 28^2 x 128 backward 1.12 to 1.15, 4 x 128^2 x 128 forward 1.0 to 1.1.
 constexpr index_t kNearSamples = index_t{16} << 20;
 
 // Bytes of a row from which on it pays to do its sums beside the writing of another, where all of them come from beyond
