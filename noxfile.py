@@ -41,7 +41,7 @@ def lint(session):
     session.run("mypy")
     sources = [
         path
-        for folder in ("cpp", "examples")
+        for folder in ("bench", "cpp", "examples")
         for path in Path(folder).rglob("*")
         if path.suffix in {".h", ".cpp", ".cu"}
     ]

@@ -1,245 +1,348 @@
-"""normkit beside torch, beside itself without its contracts, and beside a copy of the same size.
+"""normkit beside its peers, and beside a copy of the same size: speed from Python.
 
-    python bench/compare.py [--threads 2] [--cases bn,ln] [--loose PATH/_core*.so] [--json FILE] [--plot FILE]
+    python bench/compare.py [--threads 1,2] [--cases 'bn_*nhwc*,ln'] [--mode out] [--json FILE] [--plot FILE]
 
-Protocol: the same arrays for all, results compared before anything is timed, outputs given, rounds that interleave the
-contenders (A B C A B C), and the median of the per-round ratios. Each round lasts at least 20 ms a contender, and a
-pause lets one OpenMP pool fall asleep before another starts, else the two slow each other.
+Peers are found, not required: torch (eager and torch.compile), jax.jit, ONNX Runtime, NumPy; oneDNN where --benchdnn
+names its benchmark. bench/README.md says how it is measured and how to read the tables.
 
-`--loose` names a normkit._core built with -C cmake.define.NORMKIT_LOOSE=ON (contracts compiled out); the last column is
-then our time over its time.
+--loose names a normkit._core built with -C cmake.define.NORMKIT_LOOSE=ON (contracts compiled out); the column
+"contracts" is what our time is more than its time.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.machinery
-import importlib.util
+import fnmatch
 import json
+import os
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
+import report
+from cases import CASES, DTYPES, HALF_CASES, Case, fewest_bytes, name
+from contenders import (
+    Array,
+    Contender,
+    InProcess,
+    Jax,
+    Loose,
+    Normkit,
+    NumPy,
+    OneDnn,
+    OnnxRuntime,
+    Problem,
+    Run,
+    Torch,
+    TorchCompile,
+)
 from normkit import _core
+from normkit.__main__ import report as environment
 
-ROUNDS = 9
+ROUNDS = 7
 ROUND_SECONDS = 0.02
-PAUSE_SECONDS = 0.01
+PAUSE_SECONDS = 0.01  # threads of a pool spin for up to 7 ms after their work, in the way of the next contender
+# A contender that has used up its patience leaves after so many rounds: NumPy on 100 MB needs no seventh figure.
+PATIENCE_SECONDS = 0.5
+FEWEST_ROUNDS = 3
+QUICK_ELEMENTS = 1 << 22
 
-Shape = tuple[int, ...]
-# name: (norm, shape as the layout has it, channel axis or number of trailing axes, groups)
-CASES: dict[str, tuple[str, Shape, int, int]] = {
-    "bn nchw 32x64x56^2": ("batch", (32, 64, 56, 56), 1, 0),
-    "bn nchw 32x64x112^2": ("batch", (32, 64, 112, 112), 1, 0),
-    "bn nchw 1x3x1024^2": ("batch", (1, 3, 1024, 1024), 1, 0),
-    "bn nchw 32x2048x7^2": ("batch", (32, 2048, 7, 7), 1, 0),
-    "bn nhwc 32x64x56^2": ("batch", (32, 56, 56, 64), 3, 0),
-    "bn nhwc 32x2048x7^2": ("batch", (32, 7, 7, 2048), 3, 0),
-    "ln 4096x768": ("layer", (4096, 768), 1, 0),
-    "ln 8192x4096": ("layer", (8192, 4096), 1, 0),
-    "ln 131072x64": ("layer", (131072, 64), 1, 0),
-    "ln 1x1048576": ("layer", (1, 1048576), 1, 0),
-    "rms 4096x768": ("rms", (4096, 768), 1, 0),
-    "rms 8192x4096": ("rms", (8192, 4096), 1, 0),
-    "gn nchw 2x320x64^2": ("group", (2, 320, 64, 64), 1, 32),
-    "gn nhwc 2x320x64^2": ("group", (2, 64, 64, 320), 3, 32),
-    "in nchw 4x128x128^2": ("instance", (4, 128, 128, 128), 1, 0),
-    "in nhwc 4x128x128^2": ("instance", (4, 128, 128, 128), 3, 0),
+# The largest difference to normkit's result, over the largest magnitude in it.
+TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+
+PEERS: dict[str, Callable[[int], Contender]] = {
+    "torch": Torch,
+    "compile": TorchCompile,
+    "jax": Jax,
+    "onnxruntime": OnnxRuntime,
+    "numpy": NumPy,
 }
 
-
-def load_core(path: str) -> Any:
-    loader = importlib.machinery.ExtensionFileLoader("normkit_loose._core", path)
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+Seconds = dict[str, list[float]]  # of a call, by contender, a figure for each round
 
 
-class Case:
-    """The arrays of one case and, per contender, a forward and a backward call on them."""
+# ---- one row ---------------------------------------------------------------------------------------------------------
 
-    def __init__(self, norm: str, shape: Shape, axis: int, groups: int) -> None:
-        rng = np.random.default_rng(0)
-        self.norm, self.shape, self.axis, self.groups = norm, shape, axis, groups
-        self.x = rng.standard_normal(shape, dtype=np.float32)
-        self.dy = rng.standard_normal(shape, dtype=np.float32)
-        parameters = shape[-axis:] if norm in ("layer", "rms") else (shape[axis],)
-        self.weight = rng.standard_normal(parameters, dtype=np.float32)
-        self.bias = rng.standard_normal(parameters, dtype=np.float32)
-        self.out = np.empty_like(self.x)
 
-    def of_core(self, core: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        norm = getattr(core, self.norm.upper())
-        spec: Any = self.axis
-        if self.norm == "group":
-            spec = (self.groups, self.axis)
-        elif self.norm in ("layer", "rms"):
-            spec = self.shape[-self.axis :]
-        bias = None if self.norm == "rms" else self.bias
-        _, mean, rstd = core.forward(norm, self.x, spec, self.weight, bias, 1e-5, None, True, None, None, 0.1)
+def agree(results: Sequence[Array], expected: Sequence[Array], dtype: str) -> bool:
+    wide = np.float64 if dtype == "float64" else np.float32
 
-        def forward() -> Any:
-            return core.forward(norm, self.x, spec, self.weight, bias, 1e-5, self.out, False, None, None, 0.1)
+    def near(result: Array, reference: Array) -> bool:
+        result, reference = np.asarray(result, wide), np.asarray(reference, wide)
+        return bool(np.abs(result - reference).max() <= TOLERANCE[dtype] * np.abs(reference).max())
 
-        def backward() -> Any:
-            return core.backward(norm, self.dy, self.x, mean, rstd, spec, self.weight, True, 7, self.out)
+    return len(results) == len(expected) and all(
+        result.shape == reference.shape and near(result, reference) for result, reference in zip(results, expected)
+    )
 
-        return forward, backward
 
-    def of_torch(self, torch: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        functional = torch.nn.functional
-        x, dy = torch.from_numpy(self.x), torch.from_numpy(self.dy)
-        if self.norm in ("batch", "instance", "group") and self.axis != 1:
-            x, dy = x.movedim(-1, 1), dy.movedim(-1, 1)  # channels_last memory
-        weight, bias = torch.from_numpy(self.weight), torch.from_numpy(self.bias)
-        calls = {
-            "batch": lambda x, w, b: functional.batch_norm(x, None, None, w, b, True),
-            "instance": lambda x, w, b: functional.instance_norm(x, None, None, w, b),
-            "group": lambda x, w, b: functional.group_norm(x, self.groups, w, b),
-            "layer": lambda x, w, b: functional.layer_norm(x, self.weight.shape, w, b),
-            "rms": lambda x, w, b: functional.rms_norm(x, self.weight.shape, w, 1e-5),
-        }
-        call = calls[self.norm]
-        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-        leaves[0] = x.detach().requires_grad_()
-        y = call(*leaves)
-        wanted = leaves[:2] if self.norm == "rms" else leaves
+def copies(working_set: int) -> dict[str, Run]:
+    """Copies that read and write `working_set` bytes in all, by either kind of store."""
+    source = np.ones(working_set // 2 // 4, np.float32)
+    target = np.empty_like(source)
+    return {
+        kind: InProcess(partial(_core.copy, source, target, stream), lambda _: [target], "out")
+        for kind, stream in (("copy", False), ("copy past the caches", True))
+    }
 
-        def forward() -> Any:
-            with torch.no_grad():
-                return call(x, weight, bias)
 
-        def backward() -> Any:
-            return torch.autograd.grad(y, wanted, dy, retain_graph=True)
+def ratio(times: Sequence[float], ours: Sequence[float]) -> float:
+    """The median of the rounds that both took part in."""
+    return statistics.median(time / our for time, our in zip(times, ours))
 
-        return forward, backward
 
-    def copies(self) -> dict[str, Callable[[], Any]]:
-        """Reads x and writes out with every thread, by either kind of store: the machine's measure."""
+def spread(times: Sequence[float]) -> float:
+    """How far a round is from the median, in shares of it: the median of that."""
+    middle = statistics.median(times)
+    return statistics.median(abs(time - middle) for time in times) / middle
+
+
+class Others:
+    """What other processes take of the machine, from here on; a hypervisor's other guests included."""
+
+    def __init__(self) -> None:
+        self.start = self.now()
+
+    def cores(self) -> float:
+        wall, machine, own = (now - start for now, start in zip(self.now(), self.start))
+        return max(0.0, (machine - own) / wall)
+
+    @staticmethod
+    def now() -> tuple[float, float, float]:
+        """Wall time, CPU time of the machine (0 where nothing tells), of this process with its children; in seconds."""
+        wall, own = time.perf_counter(), sum(os.times()[:4])
+        try:
+            words = Path("/proc/stat").read_text().partition("\n")[0].split()
+        except OSError:
+            return wall, 0.0, own
+        user, nice, system, _idle, _iowait, irq, softirq, steal = (int(word) for word in words[1:9])
+        return wall, (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"), own
+
+
+class Bench:
+    """Measures rows with the contenders that are found, on so many threads."""
+
+    def __init__(self, options: argparse.Namespace, threads: int) -> None:
+        self.options, self.threads = options, threads
+        self.said: set[tuple[str, str]] = set()
+        self.normkit = Normkit(threads)
+        self.contenders: list[Contender] = []
+        for key in options.contenders:
+            self.find(key, partial(PEERS[key], threads))
+        if options.benchdnn:
+            self.find("oneDNN", partial(OneDnn, threads, options.benchdnn))
+        if options.loose:
+            self.contenders.append(Loose(threads, options.loose))
+
+    def find(self, key: str, make: Callable[[], Contender]) -> None:
+        try:
+            self.contenders.append(make())
+        except Exception as error:  # a broken installation may raise anything
+            tqdm.write(f"{key} is left out: {type(error).__name__}: {error}", file=sys.stderr)
+
+    def say(self, contender: str, where: str, error: Exception) -> None:
+        """Why a contender is left out of a row; once for each kind of reason."""
+        kind = type(error).__name__
+        if (contender, kind) not in self.said:
+            self.said.add((contender, kind))
+            reason = str(error).strip().partition("\n")[0]
+            tqdm.write(f"{contender} fails in {where}, and maybe in others: {kind}: {reason}", file=sys.stderr)
+
+    def row(self, problem: Problem, which: str) -> report.Row:
+        case, dtype = problem.case, problem.dtype
+        runs, wrong = self.ready(problem, which)
+        working_set = (3 if which == "backward" else 2) * problem.x.nbytes
+        others = Others()
+        seconds = self.measure({**runs, **copies(working_set)})
+        seconds["copy"] = [min(pair) for pair in zip(seconds["copy"], seconds.pop("copy past the caches"))]
+        ours = seconds["normkit"]
+        bytes_moved = fewest_bytes(case, which, problem.x.itemsize)
+        ratios = {contender: ratio(times, ours) for contender, times in seconds.items() if contender != "normkit"}
         return {
-            "copy": lambda: _core.copy(self.x, self.out, False),
-            "copy past the caches": lambda: _core.copy(self.x, self.out, True),
+            "name": name(case, which, dtype),
+            "threads": self.threads,
+            "mode": self.options.mode,
+            "seconds": {contender: statistics.median(times) for contender, times in seconds.items()},
+            "ratio": ratios,
+            "bandwidth": bytes_moved / statistics.median(ours),
+            "roofline": ratios["copy"] * bytes_moved / working_set,
+            "spread": spread(ours),
+            "others": others.cores(),
+            "other_mode": [contender for contender, run in runs.items() if run.mode != self.options.mode],
+            "wrong": wrong,
         }
 
+    def ready(self, problem: Problem, which: str) -> tuple[dict[str, Run], list[str]]:
+        """Those that can do it and agree with normkit; the names of those that can and do not."""
+        ours = self.normkit.prepare(problem, which, self.options.mode)
+        expected = [np.array(result) for result in ours.results()]  # the next may write into the same memory
+        runs: dict[str, Run] = {"normkit": ours}
+        wrong = []
+        for contender in self.contenders:
+            try:
+                run = contender.prepare(problem, which, self.options.mode)
+                results = run.results() if run else None
+            except Exception as error:
+                self.say(contender.name, name(problem.case, which, problem.dtype), error)
+                continue
+            if results is not None and not agree(results, expected, problem.dtype):
+                wrong.append(contender.name)
+            elif run:
+                runs[contender.name] = run
+        return runs, wrong
 
-def measure(contenders: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Seconds a call, one figure a round."""
-    repeats = {}
-    for name, call in contenders.items():
-        call()
-        start = time.perf_counter()
-        call()
-        repeats[name] = max(1, int(ROUND_SECONDS / (time.perf_counter() - start)))
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(ROUNDS):
-        for name, call in contenders.items():
-            time.sleep(PAUSE_SECONDS)
-            call()
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            seconds[name].append((time.perf_counter() - start) / repeats[name])
-    return seconds
+    def measure(self, runs: dict[str, Run]) -> Seconds:
+        """A B C A B C: so that a machine that drifts drifts for all."""
+        seconds: Seconds = {contender: [] for contender in runs}
+        spent = dict.fromkeys(runs, 0.0)
+        for i in range(self.options.rounds):
+            for contender, run in runs.items():
+                if i >= FEWEST_ROUNDS and spent[contender] > PATIENCE_SECONDS:
+                    continue
+                time.sleep(PAUSE_SECONDS)
+                start = time.perf_counter()
+                seconds[contender].append(run.seconds(self.options.round_seconds))
+                spent[contender] += time.perf_counter() - start
+        return seconds
 
 
-def ratio(times: list[float], ours: list[float]) -> float:
-    return statistics.median(t / o for t, o in zip(times, ours, strict=True))
+# ---- all rows --------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+class Results:
+    """The rows measured so far, and the file that has them after each."""
+
+    def __init__(self, path: Path | None, resume: bool, machine: dict[str, str]) -> None:
+        self.path, self.machine = path, machine
+        self.rows: list[report.Row] = []
+        if path and resume and path.exists():
+            self.rows = json.loads(path.read_text())["rows"]
+
+    def has(self, row_name: str, threads: int, mode: str) -> bool:
+        return any((row["name"], row["threads"], row["mode"]) == (row_name, threads, mode) for row in self.rows)
+
+    def add(self, row: report.Row) -> None:
+        self.rows.append(row)
+        if self.path:
+            unfinished = self.path.with_name(self.path.name + ".part")
+            unfinished.write_text(json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n")
+            unfinished.replace(self.path)
+
+
+def wanted(options: argparse.Namespace) -> list[tuple[Case, str, str]]:
+    """Case, pass and dtype of every row that is asked for."""
+    patterns = [pattern if set(pattern) & set("*?[") else f"*{pattern}*" for pattern in options.cases.split(",")]
+
+    def chosen(case: Case, which: str, dtype: str) -> bool:
+        if options.quick and case.size > QUICK_ELEMENTS:
+            return False
+        return any(fnmatch.fnmatchcase(name(case, which, dtype), pattern.strip()) for pattern in patterns)
+
+    return [
+        (case, which, dtype)
+        for dtype in options.dtype
+        for case in (CASES if options.all_cases or DTYPES[dtype] > 2 else HALF_CASES)
+        for which in case.passes
+        if chosen(case, which, dtype)
+    ]
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def sweep(options: argparse.Namespace, threads: int) -> None:
+    """Measure the rows that are not in the file yet, on so many threads, and report."""
+    bench = Bench(options, threads)
+    versions = {contender.name: contender.version for contender in (bench.normkit, *bench.contenders)}
+    machine = {**dict(environment()), **versions}
+    title = (
+        f"{machine['CPU']}, {cores()} cores, {_core.isa()}; "
+        f"{', '.join(f'{contender} {version}' for contender, version in versions.items())}; "
+        f"{'outputs given' if options.mode == 'out' else 'fresh outputs'}"
+    )
+    print(f"{title}; {threads} thread{'s' * (threads > 1)}", flush=True)
+    results = Results(options.json, options.resume, machine)
+    todo = [row for row in wanted(options) if not results.has(name(*row), threads, options.mode)]
+    problem: Problem | None = None
+    with tqdm(todo, unit="row") as bar:
+        for case, which, dtype in bar:
+            bar.set_postfix_str(name(case, which, dtype), refresh=False)
+            if problem is None or (problem.case, problem.dtype) != (case, dtype):
+                problem = None  # frees its arrays before the next one makes its own
+                problem = Problem(case, dtype)
+            results.add(bench.row(problem, which))
+    rows = [row for row in results.rows if row["mode"] == options.mode]
+    if options.plot:
+        report.plot(rows, title, options.plot)
+    print(report.text([row for row in rows if row["threads"] == threads]))
+
+
+def sweep_each(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """A process for each number of threads: JAX fixes its own for good when it is first used."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.json or Path(folder, "results.json")
+        if not options.resume:
+            path.unlink(missing_ok=True)
+        for threads in options.threads:
+            command = [sys.executable, __file__, *arguments, f"--threads={threads}", f"--json={path}", "--resume"]
+            status = subprocess.run(command).returncode
+            if status != 0:
+                sys.exit(status)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in text.split(",")]
+
+    def peers(text: str) -> list[str]:
+        names = [peer for peer in text.split(",") if peer]
+        if unknown := set(names) - set(PEERS):
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(PEERS)}, got {', '.join(unknown)}")
+        return names
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cases", default="", help="comma-separated beginnings of case names")
-    parser.add_argument("--loose", help="a _core built without the contracts")
-    parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--plot", help="draw the ratios to torch into this file (needs matplotlib)")
-    options = parser.parse_args()
-
-    cores: dict[str, Any] = {"normkit": _core}
-    if options.loose:
-        cores["loose"] = load_core(options.loose)
-    for core in cores.values():
-        core.set_num_threads(options.threads)
-    try:
-        import torch
-    except ImportError:
-        torch = None
-    if torch is not None:
-        torch.set_num_threads(options.threads)
-
-    wanted = [c.strip() for c in options.cases.split(",")]
-    rows = []
-    print(f"{_core.isa()}, {options.threads} threads; microseconds (normkit), ratios of the others' time to it")
-    print(f"{'case':24}{'pass':10}{'normkit':>10}{'torch':>8}{'copy':>8}{'contracts':>11}")
-    for name, case_row in CASES.items():
-        if not any(name.startswith(w) for w in wanted):
-            continue
-        case = Case(*case_row)
-        calls = {contender: case.of_core(core) for contender, core in cores.items()}
-        if torch is not None:
-            calls["torch"] = case.of_torch(torch)
-        for i, which in enumerate(("forward", "backward")):
-            check(case, calls, i)
-            contenders = {contender: pair[i] for contender, pair in calls.items()}
-            seconds = measure({**contenders, **case.copies()})
-            # The better of the two stores, round by round.
-            past_the_caches = seconds.pop("copy past the caches")
-            seconds["copy"] = [min(pair) for pair in zip(seconds["copy"], past_the_caches, strict=True)]
-            ours = seconds["normkit"]
-            row = {"case": name, "pass": which, "us": 1e6 * statistics.median(ours)}
-            row.update({other: ratio(times, ours) for other, times in seconds.items() if other != "normkit"})
-            rows.append(row)
-            contracts = f"{100 / row['loose'] - 100:+10.0f}%" if "loose" in row else ""
-            peer = f"{row['torch']:7.2f}x" if "torch" in row else " " * 8
-            print(f"{name:24}{which:10}{row['us']:10.0f}{peer}{row['copy']:8.2f}{contracts}", flush=True)
-    if options.plot and torch is not None:
-        plot(rows, f"float32, {options.threads} threads, {_core.isa()}, outputs given", options.plot)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"isa": _core.isa(), "threads": options.threads, "rows": rows}, file, indent=1)
+    add = parser.add_argument
+    add("--threads", type=numbers, default=sorted({1, cores()}), help="one after the other; default: 1, and all cores")
+    add("--cases", default="*", help="comma-separated parts of names, or patterns with *; cases.py prints all names")
+    add("--dtype", action="append", choices=list(DTYPES), help="may be repeated; default: float32 and the half types")
+    add("--all-cases", action="store_true", help="the half types on every case, not on the few of cases.HALF_CASES")
+    add("--mode", choices=("call", "out"), default="call", help="fresh outputs, or outputs given (default: call)")
+    add("--contenders", type=peers, default=list(PEERS), help=f"peers, if installed; default: {','.join(PEERS)}")
+    add("--benchdnn", metavar="PATH", help="oneDNN's benchmark: makes oneDNN a contender")
+    add("--loose", metavar="PATH", help="a _core built without the contracts")
+    add("--rounds", type=int, help=f"default: {ROUNDS}")
+    add("--quick", action="store_true", help=f"three short rounds; no array of more than {QUICK_ELEMENTS:,} elements")
+    add("--json", type=Path, metavar="FILE", help="write the figures there, after each row")
+    add("--resume", action="store_true", help="keep the rows that --json has already, measure those it lacks")
+    add("--plot", metavar="FILE", help="draw ratios and rooflines of all rows (needs matplotlib)")
+    options = parser.parse_args(arguments)
+    options.dtype = options.dtype or ["float32", "bfloat16", "float16"]
+    options.rounds = options.rounds or (FEWEST_ROUNDS if options.quick else ROUNDS)
+    options.round_seconds = ROUND_SECONDS / 4 if options.quick else ROUND_SECONDS
+    if options.benchdnn and not shutil.which(options.benchdnn):
+        parser.error(f"--benchdnn must name a program, got {options.benchdnn!r}")
+    if not wanted(options):
+        parser.error(f"--cases must match a name that `python bench/cases.py` prints, got {options.cases!r}")
+    return options
 
 
-def plot(rows: list[dict[str, Any]], title: str, path: str) -> None:
-    """Our speed over torch's, and how much of the copy speed we reach, case by case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 7), sharey=True, layout="constrained")
-    names = list(dict.fromkeys(row["case"] for row in rows))
-    for which, shift, color in (("forward", -0.2, "#2a6f97"), ("backward", 0.2, "#e07a5f")):
-        chosen = [row for row in rows if row["pass"] == which]
-        places = [names.index(row["case"]) + shift for row in chosen]
-        axes[0].barh(places, [row["torch"] for row in chosen], height=0.38, color=color, label=which)
-        axes[1].barh(places, [row["copy"] for row in chosen], height=0.38, color=color, label=which)
-    axes[0].set(xscale="log", xlabel="torch's time / normkit's time", yticks=range(len(names)), yticklabels=names)
-    axes[0].axvline(1, color="black", linewidth=0.8)
-    axes[1].set(xlabel="time of a copy of x / normkit's time")
-    axes[0].invert_yaxis()
-    axes[1].legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-
-
-def check(case: Case, calls: dict[str, Any], which: int) -> None:
-    """Compares results before they are timed: a wrong one is no contender."""
-    results = {}
-    for name, pair in calls.items():
-        result = pair[which]()
-        result = result[0] if isinstance(result, tuple) else result
-        if hasattr(result, "detach"):
-            result = result.detach()
-            result = (result if case.axis == 1 or case.norm in ("layer", "rms") else result.movedim(1, -1)).numpy()
-        results[name] = np.array(result)
-    for name, result in results.items():
-        np.testing.assert_allclose(result, results["normkit"], rtol=1e-3, atol=1e-3, err_msg=name)
+def main(arguments: Sequence[str]) -> None:
+    options = parse(arguments)
+    if len(options.threads) > 1:
+        sweep_each(options, arguments)
+    else:
+        sweep(options, options.threads[0])
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,0 +1,191 @@
+"""Tables and the picture of what compare.py measured.
+
+A row is a dict: name, threads, mode, seconds and ratio by contender, bandwidth, roofline, spread of the rounds, cores
+that other processes took, the contenders that ran in the other mode, those whose results were wrong. A ratio is a
+contender's time over normkit's.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from cases import DTYPES, NORMS
+
+Row = dict[str, Any]
+
+YARDSTICKS = ("normkit", "loose", "copy")  # all others are peers
+BEHIND = 0.97  # a ratio below is no noise
+COLORS = {"beside torch": "#2a6f97", "beside the best peer": "#e07a5f", "share of the copy speed": "#52796f"}
+
+
+def peers(row: Row) -> dict[str, float]:
+    return {name: ratio for name, ratio in row["ratio"].items() if name not in YARDSTICKS}
+
+
+def best_peer(row: Row) -> tuple[str, float] | None:
+    return min(peers(row).items(), key=lambda item: item[1], default=None)
+
+
+def group_of(name: str) -> tuple[tuple[int, ...], str]:
+    """The line of the summary that a row counts in, after what sorts the lines."""
+    operation, layout, *_, dtype = name.split("/")
+    if DTYPES[dtype] == 2:
+        return (2,), "half types"
+    norm, which = operation.split("_")
+    words = [norm.upper(), "evaluation" if which == "evaluate" else which]
+    if layout != "rows" and which != "evaluate":
+        words.append(layout.upper())
+    if dtype != "float32":
+        words.append(dtype)
+    passes = ("forward", "backward", "evaluate")
+    return (dtype != "float32", list(NORMS).index(norm), passes.index(which), layout == "nhwc"), " ".join(words)
+
+
+def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    groups: dict[tuple[tuple[int, ...], str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(group_of(row["name"]), []).append(row)
+    return {label: groups[order, label] for order, label in sorted(groups)}
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """A line for each row, those behind a peer first; `*`: it ran in the other mode."""
+    names = list(dict.fromkeys(name for row in rows for name in (*peers(row), *row["wrong"])))
+    columns = [name for name in names if name not in YARDSTICKS]
+    loose = any("loose" in row["ratio"] for row in rows)
+    head = f"{'case':42}{'µs':>10}{'GB/s':>8}{'roofline':>10}"
+    lines = [head + "".join(f"{name:>15}" for name in columns) + ("      contracts" if loose else "") + "  best peer"]
+    for row in sorted(rows, key=lambda row: (best_peer(row) or ("", math.inf))[1]):
+        cells = [f"{cell(row, name):>15}" for name in columns]
+        if loose:
+            contracts = f"{100 / row['ratio']['loose'] - 100:+.0f}%" if "loose" in row["ratio"] else ""
+            cells.append(f"{contracts:>15}")
+        best = best_peer(row)
+        ours = f"{1e6 * row['seconds']['normkit']:10.1f}{row['bandwidth'] / 1e9:8.1f}{row['roofline']:10.2f}"
+        last = f"  {best[1]:.2f} {best[0]}" if best else ""
+        lines.append(f"{row['name']:42}{ours}{''.join(cells)}{last}")
+    return lines
+
+
+def cell(row: Row, name: str) -> str:
+    if name in row["wrong"]:
+        return "wrong"
+    if name not in row["ratio"]:
+        return "-"
+    return f"{row['ratio'][name]:.2f}" + ("*" if name in row["other_mode"] else " ")
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """Geometric means and worst cases by group."""
+    lines = [
+        f"{'':24}{'':>8}{'beside torch':>20}{'beside the best peer':>26}{'':>10}",
+        f"{'group':24}{'cases':>8}{'mean':>10}{'worst':>10}{'mean':>16}{'worst':>10}{'behind':>10}{'roofline':>10}",
+    ]
+    for group, members in grouped(rows).items():
+        torch = [row["ratio"]["torch"] for row in members if "torch" in row["ratio"]]
+        best = [peer[1] for row in members if (peer := best_peer(row))]
+        behind = sum(ratio < BEHIND for ratio in best)
+        roofline = statistics.geometric_mean(row["roofline"] for row in members)
+        lines.append(
+            f"{group:24}{len(members):8}{mean(torch):>10}{worst(torch):>10}{mean(best):>16}{worst(best):>10}{behind:10}"
+            f"{roofline:10.2f}"
+        )
+    return lines
+
+
+def mean(ratios: Sequence[float]) -> str:
+    return f"{statistics.geometric_mean(ratios):.2f}" if ratios else "-"
+
+
+def worst(ratios: Sequence[float]) -> str:
+    return f"{min(ratios):.2f}" if ratios else "-"
+
+
+def behind(rows: Sequence[Row]) -> list[str]:
+    found = [(peer[1], row["name"], peer[0]) for row in rows if (peer := best_peer(row)) and peer[1] < BEHIND]
+    return [f"  {ratio:.2f}  {name}  {peer}" for ratio, name, peer in sorted(found)] or ["  none"]
+
+
+def noise(rows: Sequence[Row]) -> str:
+    spread = statistics.median(row["spread"] for row in rows)
+    others = [row["others"] for row in rows]
+    return (
+        f"noise: half of the rounds within {spread:.1%} of their row's median; other processes took "
+        f"{statistics.median(others):.2f} cores in the median row, {max(others):.2f} in the worst"
+    )
+
+
+def text(rows: Sequence[Row]) -> str:
+    return "\n".join(
+        [
+            "time of the others over normkit's; *: not in this mode",
+            *table(rows),
+            "",
+            *summary(rows),
+            "",
+            f"behind the best peer (below {BEHIND}):",
+            *behind(rows),
+            "",
+            noise(rows),
+        ]
+    )
+
+
+# ---- the picture -----------------------------------------------------------------------------------------------------
+
+
+def plot(rows: Sequence[Row], title: str, path: str) -> None:
+    """A strip for each group, a dot for each case: ratios on the left, share of the copy speed on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+
+    counts = sorted({row["threads"] for row in rows})
+    groups = list(grouped(rows))
+    size = (12, 1.2 + len(counts) * (0.7 + 0.25 * len(groups)))
+    figure, axes = pyplot.subplots(
+        len(counts), 2, figsize=size, sharex="col", sharey=True, squeeze=False, layout="constrained"
+    )
+    for (left, right), threads in zip(axes, counts):
+        members = grouped(row for row in rows if row["threads"] == threads)
+        for height, group in enumerate(groups):
+            strips(left, right, height, members.get(group, []))
+        left.set(title=f"{threads} thread{'s' if threads > 1 else ''}", yticks=range(len(groups)), yticklabels=groups)
+        for axis in (left, right):
+            axis.axvline(1, color="black", linewidth=0.8)
+            axis.grid(linewidth=0.3)
+    left, right = axes[-1]
+    left.invert_yaxis()
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter("{x:g}")
+    left.set_xlabel("time of the peer / time of normkit; bar: geometric mean")
+    right.set_xlabel("fewest bytes / time, over the speed of a copy")
+    right.set_xlim(left=0)
+    figure.suptitle(title.replace("; ", "\n"), fontsize="medium")
+    handles = [Line2D([], [], marker="o", linestyle="", color=COLORS[name], label=name) for name in COLORS]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(COLORS))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def strips(left: Any, right: Any, height: float, rows: Sequence[Row]) -> None:
+    torch = [row["ratio"]["torch"] for row in rows if "torch" in row["ratio"]]
+    best = [peer[1] for row in rows if (peer := best_peer(row))]
+    for axis, label, values, shift in (
+        (left, "beside torch", torch, -0.18),
+        (left, "beside the best peer", best, 0.18),
+        (right, "share of the copy speed", [row["roofline"] for row in rows], 0),
+    ):
+        look = {"color": COLORS[label], "markersize": 4.5, "markeredgewidth": 0}
+        axis.plot(values, [height + shift] * len(values), "o", alpha=0.5, **look)
+        if values:
+            mean = statistics.geometric_mean(values)
+            axis.plot([mean] * 2, [height + shift - 0.17, height + shift + 0.17], linewidth=2, color=COLORS[label])
