@@ -269,11 +269,11 @@ def test_channels_alone_and_together(rng, channels, dtype):
         bounds.assert_same_bits(nk.batch_norm(part, training=True), nk.batch_norm(a, training=True)[:, channels])
 
 
-@pytest.mark.parametrize("lanes", [64, 128, 129, 130, 132, 143, 145, 191])
+@pytest.mark.parametrize("lanes", [2, 3, 4, 8, 16, 17, 63])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lanes_alone_and_together(rng, lanes, dtype):
-    """Columns: the bits of a lane do not depend on how many lie beside it, unless they are few and rows are folded."""
-    x = random(rng, (2, 3000, 192), 1e2, dtype=dtype)
+    """Columns: the bits of a lane do not depend on how many lie beside it (one alone is contiguous: another walk)."""
+    x = random(rng, (2, 3000, 64), 1e2, dtype=dtype)
     y, mean, rstd = nk.instance_norm_forward(x, channel_axis=-1)
     part = np.ascontiguousarray(x[:, :, :lanes])
     other = nk.instance_norm_forward(part, channel_axis=-1)

@@ -12,11 +12,13 @@ constexpr index_t kElementsPerThread = 16 * 1024;
 // process.
 constexpr int kMostThreads = 1024;
 
-// Results at least this large are written past the caches, if their rows are long enough that whole cache lines are
-// most of what is written. What the system says of L3 is no guide where machines are shared: measured, see
-// docs/decisions/0002-schedule.md.
-constexpr index_t kStreamBytes = index_t{8} << 20;
-constexpr index_t kStreamRow = 256;
+// Results are written past the caches where all arrays of a call are at least this large together, if their rows are so
+// long that whole cache lines are most of what is written. More for a forward pass that does not go row by row: with
+// two threads batch norm in evaluation takes 1.5 times as long so at 2 x 8 and 1.3 times at 2 x 16 MB, layer norm 0.8
+// times at 2 x 12.6 MB, layer norm backward 0.7 times at 3 x 12.6 MB. What the system says of L3 is no guide where
+// machines are shared: measured, see docs/decisions/0002-schedule.md.
+constexpr index_t kStreamBytes = index_t{24} << 20, kStreamBytesForward = index_t{32} << 20;
+constexpr index_t kStreamRow = 32;
 
 // The samples that the threads have in hand, in the columns walk, if their second sweep is to find them in the
 // last-level cache. Time with two sweeps of everything / sample by sample, one thread: group NHWC 2 x 64^2 x 320
@@ -24,8 +26,9 @@ constexpr index_t kStreamRow = 256;
 constexpr index_t kNearSamples = index_t{16} << 20;
 
 // Bytes of a row from which on it pays to do its sums beside the writing of another, where all of them come from beyond
-// L2: layer norm 6272 x 256 takes 1.1 times as long so, 4096 x 768 0.8 times (one thread of a Zen 4, float32).
-constexpr index_t kLeastRow = 2048;
+// L2. More for a forward pass whose arrays fit the last-level cache. Time row by row / in batches, float32: layer norm
+// 25088 x 128 forward 0.7, backward 0.55 (two threads); 6272 x 256 backward 0.7, but forward 1.2; 4096 x 768 0.75.
+constexpr index_t kLeastRow = 512, kLeastRowNear = 2048;
 
 // Elements.
 constexpr index_t kLongSet = index_t{1} << 25;
@@ -74,16 +77,20 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
     } else {
         // Resident only with all lanes of a sample at once: a few lanes of many rows lie a power of two apart more
         // often than not, share the same few sets of the cache and do not stay there.
-        const index_t merge = plan.merge.extent, all = plan.lane.extent * merge, samples = plan.kept.size();
-        const bool near = plan.runs.size() * all * arrays * element * s.threads <= kNearSamples;
+        const index_t merge = plan.merge.extent, lanes = plan.lane.extent * merge, samples = plan.kept.size();
+        const bool near = plan.runs.size() * lanes * arrays * element * s.threads <= kNearSamples;
         const bool even = samples % s.threads == 0 || samples >= 4 * s.threads;
         s.resident = choose(forced.resident, near && even) && forced.split != 1;
         s.split = !s.resident;
-        s.lanes = lanes_of_unit(all, merge);
+        s.lanes = lanes_of_unit(lanes, merge);
     }
-    s.by_row = plan.set_size * element >= kLeastRow && plan.total * element > l2_bytes() / 2 * s.threads;
+    const index_t all = plan.total * element * (arrays + 1);
+    const bool far = all >= kStreamBytes || arrays > 1;
+    s.by_row = plan.set_size * element >= (far ? kLeastRow : kLeastRowNear) &&
+               plan.total * element > l2_bytes() / 2 * s.threads;
     const index_t row = plan.walk == Walk::rows ? plan.run.size() : plan.lane.extent * plan.merge.extent;
-    const bool streams = plan.total * element >= kStreamBytes && row >= kStreamRow;
+    const bool later = arrays == 1 && !s.by_row;
+    const bool streams = all >= (later ? kStreamBytesForward : kStreamBytes) && row >= kStreamRow;
     s.stream = choose(forced.stream, write && !in_place && streams);
     return s;
 }

@@ -94,21 +94,6 @@ void for_sets(const Plan& plan, F f) {
     }
 }
 
-// Few lanes fill few vectors, so their rows are folded: so many rows that lie without a gap are one row of more lanes,
-// and the sums of the lanes that belong together are merged when a block of rows is done. It decides bits, and follows
-// from extents and strides alone: the least power of two that makes whole chunks of 64 lanes, as far as a block keeps
-// kSumRows such rows.
-constexpr index_t kMostFolded = 256;  // lanes
-index_t fold_of(const Units& units, const Nest& runs, Operand o, const RowBlocks& blocks) {
-    const index_t lanes = units.most_lanes();
-    const bool whole_rows = lanes == units.lanes();
-    if (!whole_rows || runs.n != 1 || runs.inner().stride[o] != lanes * units.lane_stride(o)) return 1;
-    index_t fold = 1;
-    while (fold * lanes % 64 != 0) fold *= 2;
-    while (fold > 1 && (fold * lanes > kMostFolded || fold * kSumRows > blocks.block)) fold /= 2;
-    return fold;
-}
-
 // The statistics of the sets, one a lane of each: repeated once, and not for every tile.
 template <class T>
 class LaneStatistics {
@@ -163,7 +148,6 @@ class ColumnsForward {
           units_(plan, schedule, kOperandsForward),
           blocks_(plan.runs.size(), kLeastBlock, kLeafRows),
           runs_x_(collapse(plan.runs, bit(kX))),
-          fold_(fold_of(units_, runs_x_, kX, blocks_)),
           set_(plan.runs),
           statistics_(plan) {
         set_.push(plan.merge);
@@ -229,32 +213,15 @@ class ColumnsForward {
             for (index_t l = 0; l < u.lanes; ++l) {
                 origin[l] = origin_of<X>(p + l / plan_.merge.extent * plan_.lane.stride[kX], plan_.center);
             }
-            for (index_t l = u.lanes; l < u.lanes * fold_; ++l) origin[l] = origin[l - u.lanes];
         }
         const index_t lane = units_.lane_stride(kX), first = blocks_.first(block), rows = blocks_.size(block);
         if (uniform(runs_x_, first, rows)) {
-            Strided x{p + runs_x_.offset(kX, first), runs_x_.inner().stride[kX] * fold_, lane, call_.dtype};
-            const auto add = [&](index_t n_rows, index_t lanes, double* to_mean, double* to_M2) {
-                for (index_t r = 0; r < n_rows && !gives_up(); r += kRowsBetweenQuestions) {
-                    const index_t n = n_rows - r < kRowsBetweenQuestions ? n_rows - r : kRowsBetweenQuestions;
-                    moments_down(k_, x, origin, n, lanes, r, plan_.center, to_mean, to_M2);
-                    x.p += n * x.row;
-                }
-            };
-            if (fold_ == 1) {
-                add(rows, u.lanes, mean, M2);
-                return;
+            Strided x{p + runs_x_.offset(kX, first), runs_x_.inner().stride[kX], lane, call_.dtype};
+            for (index_t r = 0; r < rows && !gives_up(); r += kRowsBetweenQuestions) {
+                const index_t n = rows - r < kRowsBetweenQuestions ? rows - r : kRowsBetweenQuestions;
+                moments_down(k_, x, origin, n, u.lanes, r, plan_.center, mean, M2);
+                x.p += n * x.row;
             }
-            const index_t folded = rows / fold_, lanes = u.lanes * fold_;
-            double all_mean[kMostFolded] = {}, all_M2[kMostFolded] = {};
-            add(folded, lanes, all_mean, all_M2);
-            for (index_t l = 0; l < u.lanes && folded > 0; ++l) {
-                const Moments m = merged(static_cast<double>(folded), all_mean + l, all_M2 + l, fold_, u.lanes);
-                mean[l] = m.mean;
-                M2[l] = m.M2;
-            }
-            x.row /= fold_;
-            moments_down(k_, x, origin, rows - folded * fold_, u.lanes, folded * fold_, plan_.center, mean, M2);
             return;
         }
         X buffer[kLeafRows * kGatherLanes];
@@ -286,7 +253,7 @@ class ColumnsForward {
         const double count = static_cast<double>(blocks_.rows);
         for (index_t i = 0; i < u.sets; ++i) {
             const index_t first = i * plan_.merge.extent;
-            const Moments m = merged(count, mean + first, M2 + first, plan_.merge.extent, 1);
+            const Moments m = merged(count, mean + first, M2 + first);
             const char* x = call_.x + at[kX] + i * plan_.lane.stride[kX];
             const index_t statistic = at[kStatistic] + i * plan_.lane.stride[kStatistic];
             statistics_.put(units_.set(u) + i, finish_set<X>(call_, set_, x, plan_.center, m, statistic));
@@ -295,16 +262,17 @@ class ColumnsForward {
 
     // Moments::merge of lanes of equal counts, so far `apart`, all at once: the divisions of one after the other cost
     // more than the rows.
-    static Moments merged(double count, const double* mean, const double* M2, index_t lanes, index_t apart) {
+    Moments merged(double count, const double* mean, const double* M2) const {
+        const index_t lanes = plan_.merge.extent;
         Moments m{count * static_cast<double>(lanes), mean[0], M2[0]};
         if (lanes == 1) return m;
         for (index_t j = 1; j < lanes; ++j) {
-            m.mean += mean[j * apart];
-            m.M2 += M2[j * apart];
+            m.mean += mean[j];
+            m.M2 += M2[j];
         }
         m.mean /= static_cast<double>(lanes);
         double between = 0;
-        for (index_t j = 0; j < lanes; ++j) between += (mean[j * apart] - m.mean) * (mean[j * apart] - m.mean);
+        for (index_t j = 0; j < lanes; ++j) between += (mean[j] - m.mean) * (mean[j] - m.mean);
         m.M2 += count * between;
         return m;
     }
@@ -326,7 +294,6 @@ class ColumnsForward {
     const Units units_;
     const RowBlocks blocks_;
     const Nest runs_x_;
-    const index_t fold_;
     Nest set_;
     LaneStatistics<T> statistics_;
 };
@@ -350,10 +317,6 @@ class ColumnsBackward {
           parameters_(zeroed_sums(call)) {
         for (int i = 0; i < plan.runs.n; ++i) {
             rows_share_parameters_ = rows_share_parameters_ && plan.runs.axis[i].stride[kGradient] == 0;
-        }
-        // Not by whether there is a weight: a weight of ones gives the bits of none.
-        if (rows_share_parameters_) {
-            fold_ = std::min(fold_of(units_, runs_, kX, blocks_), fold_of(units_, runs_, kDy, blocks_));
         }
     }
 
@@ -437,31 +400,9 @@ class ColumnsBackward {
         for (index_t l = 0; l < u.lanes; ++l) sum_g[l] = sum_g_xhat[l] = 0;
         const TileStatistics<T> s = statistics_.of(units_.set(u), u.lanes);
         const Offsets at = units_.at(u);
-        index_t first = blocks_.first(block);
-        const index_t last = first + blocks_.size(block);
-        if (fold_ > 1) {
-            // The statistics of the folded lanes, and their sums.
-            const index_t lanes = u.lanes * fold_, n_rows = (last - first) / fold_;
-            T terms[4][kMostFolded];
-            TileStatistics<T> folded = s;
-            const T** p[] = {&folded.hi, &folded.lo, &folded.rstd, &folded.scale};
-            for (int i = 0; i < 4; ++i) {
-                if (!*p[i]) continue;
-                for (index_t row = 0; row < lanes; row += u.lanes) std::copy_n(*p[i], u.lanes, terms[i] + row);
-                *p[i] = terms[i];
-            }
-            double g[kMostFolded] = {}, g_xhat[kMostFolded] = {};
-            if (!sum_rows(at, first, n_rows, fold_, lanes, folded, g, g_xhat)) return;
-            for (index_t row = 0; row < lanes; row += u.lanes) {
-                for (index_t l = 0; l < u.lanes; ++l) {
-                    sum_g[l] += g[row + l];
-                    sum_g_xhat[l] += g_xhat[row + l];
-                }
-            }
-            first += n_rows * fold_;
-        }
+        const index_t first = blocks_.first(block), last = first + blocks_.size(block);
         if (uniform(runs_, first, last - first)) {
-            sum_rows(at, first, last - first, 1, u.lanes, s, sum_g, sum_g_xhat);
+            sum_rows(at, first, last - first, u.lanes, s, sum_g, sum_g_xhat);
             return;
         }
         index_t until_question = 0;
@@ -472,7 +413,7 @@ class ColumnsBackward {
             }
             const index_t n = last - r < kSumRows ? last - r : kSumRows;
             if (uniform(runs_, r, n)) {
-                sum_rows(at, r, n, 1, u.lanes, s, sum_g, sum_g_xhat);
+                sum_rows(at, r, n, u.lanes, s, sum_g, sum_g_xhat);
                 continue;
             }
             X dy[kSumRows * kGatherLanes], x[kSumRows * kGatherLanes];
@@ -496,22 +437,21 @@ class ColumnsBackward {
 
     bool weighted() const { return call_.weight && !rows_share_parameters_; }
 
-    // `rows` rows that are evenly spaced, or so many times `fold` of them. False: gives up.
-    bool sum_rows(const Offsets& at, index_t first, index_t rows, index_t fold, index_t lanes,
-                  const TileStatistics<T>& s, double* sum_g, double* sum_g_xhat) const {
+    // `rows` rows that are evenly spaced.
+    void sum_rows(const Offsets& at, index_t first, index_t rows, index_t lanes, const TileStatistics<T>& s,
+                  double* sum_g, double* sum_g_xhat) const {
         const Offsets o = at + runs_.offsets(first);
         const auto tile = [&](const char* base, Dtype dtype, Operand k) {
-            return Strided{base + o[k], runs_.inner().stride[k] * fold, units_.lane_stride(k), dtype};
+            return Strided{base + o[k], runs_.inner().stride[k], units_.lane_stride(k), dtype};
         };
         Strided dy = tile(call_.dy, call_.dtype, kDy), x = tile(call_.x, call_.dtype, kX);
         Strided w = weighted() ? tile(call_.weight, call_.weight_dtype, kWeight) : one<T>();
         for (index_t r = 0; r < rows; r += kSumRows) {
-            if (r % kRowsBetweenQuestions == 0 && gives_up()) return false;
+            if (r % kRowsBetweenQuestions == 0 && gives_up()) return;
             const index_t n = rows - r < kSumRows ? rows - r : kSumRows;
             backward(k_, dy, x, w, Strided{}, s, n, lanes, sum_g, sum_g_xhat, false);
             for (Strided* operand : {&dy, &x, &w}) operand->p += n * operand->row;
         }
-        return true;
     }
 
     void finish(const Unit& u, const double* sum_g, const double* sum_g_xhat) {
@@ -546,7 +486,6 @@ class ColumnsBackward {
     const Units units_;
     const RowBlocks blocks_;
     const Nest runs_;
-    index_t fold_ = 1;
     LaneStatistics<T> statistics_;
     const Buffer<Sums> parameters_;
     bool rows_share_parameters_ = true;

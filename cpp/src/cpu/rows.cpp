@@ -127,6 +127,33 @@ class SetTiles {
         return o;
     }
 
+    // The sets' runs as one row of lanes, if they lie side by side, short, and several times one behind the other
+    // (images of 7 x 7): what is the same for a run is then repeated for its lanes, once for all rows. 0: they don't.
+    index_t sets_in_row(unsigned operands) const {
+        if (!interleaved_ || elements_.n != 2) return 0;
+        const Axis &rows = elements_.axis[0], &run = elements_.inner();
+        if (rows.extent < kLeastRows || run.extent > kShortRun) return 0;
+        for (int o = 0; o < kOperands; ++o) {
+            const bool data = bit(static_cast<Operand>(o)) & operands & (bit(kX) | bit(kY) | bit(kDy));
+            if (data && next.stride[o] != run.stride[o] * run.extent) return 0;
+            if (bit(static_cast<Operand>(o)) & operands && !data && (rows.stride[o] != 0 || run.stride[o] != 0))
+                return 0;
+        }
+        const index_t n = kRowLanes / run.extent;
+        return n >= 16 ? n / 16 * 16 : n / 4 * 4;  // whole cache lines, whatever the run
+    }
+    static constexpr index_t kRowLanes = 2048;
+
+    // The rows of those lanes.
+    Tiles rows_of_sets() const { return Tiles(elements_, 0); }
+
+    // `v`, one a set, for the lanes of n sets.
+    template <class T>
+    void repeat(const T* v, index_t n, T* lanes) const {
+        const index_t extent = elements_.inner().extent;
+        for (index_t i = 0; i < n; ++i) std::fill_n(lanes + i * extent, extent, v[i]);
+    }
+
     // f(offsets from the first of n sets, tiles, tile, number of the set of its first row, from row to row of sets).
     template <class F>
     void for_each(index_t n, F f) const {
@@ -170,10 +197,46 @@ class SetTiles {
         return Tiles(all, 0);
     }
 
+    static constexpr index_t kLeastRows = 8, kShortRun = 256;
+
     const Nest elements_;
     const bool interleaved_;  // rows of neighbouring sets lie between those of a set, or a set is one row
     const index_t at_once_;
     const Tiles tiles_;  // of as many sets
+};
+
+// What is one a set, for the lanes of sets that lie in one row.
+template <class T>
+class Lanes {
+  public:
+    Lanes(const SetTiles& tiles, const TileStatistics<T>& sets, index_t n) : tiles_(tiles), n_(n) {
+        const T* const of_sets[] = {sets.hi, sets.lo, sets.rstd, sets.mean_g, sets.mean_g_xhat};
+        for (const T* v : of_sets) tiles_.repeat(v, n, lanes_[used_++]);
+        statistics.hi = lanes_[0];
+        statistics.lo = lanes_[1];
+        statistics.rstd = lanes_[2];
+        statistics.mean_g = lanes_[3];
+        statistics.mean_g_xhat = lanes_[4];
+        statistics.lane = 1;
+    }
+
+    // Of elements T.
+    Strided parameter(const char* base, const Offsets& at, Operand o, Strided absent) {
+        if (!base) return absent;
+        T of_sets[kSetsAtOnce];
+        for (index_t i = 0; i < n_; ++i) of_sets[i] = read<T>(base + at[o] + i * tiles_.next.stride[o]);
+        T* const lanes = lanes_[used_++];
+        tiles_.repeat(of_sets, n_, lanes);
+        return {reinterpret_cast<const char*>(lanes), 0, sizeof(T), kDtype<T>};
+    }
+
+    TileStatistics<T> statistics;
+
+  private:
+    const SetTiles& tiles_;
+    const index_t n_;
+    int used_ = 0;
+    T lanes_[7][SetTiles::kRowLanes];
 };
 
 // ------------------------------------------------------------------------------------------------------------ forward
@@ -298,10 +361,28 @@ class RowsForward {
     }
 
     void write(const Batch& batch) const {
+        if (batch.n > 1 && write_in_rows(batch)) return;
         tiles_.for_each(batch.n, [&](const Offsets& at, const Tiles& tiles, const Tiles::Tile& tile, index_t set,
                                      index_t step) {
             apply(k_, tile_at(batch.at + at, tiles, tile, batch.statistics.tile(set, step, 0, step ? tile.rows : 1)));
         });
+    }
+
+    bool write_in_rows(const Batch& batch) const {
+        const index_t most = tiles_.sets_in_row(kForwardOperands);
+        if (most == 0 || batch.statistics.tile(0, 1, 0, batch.n).scale) return false;
+        if ((call_.weight && call_.weight_dtype != kDtype<T>) || (call_.bias && call_.bias_dtype != kDtype<T>))
+            return false;
+        const Tiles rows = tiles_.rows_of_sets();
+        for (index_t i = 0; i < batch.n; i += most) {
+            const index_t n = std::min(most, batch.n - i), lanes = n * rows.lanes.extent;
+            const Offsets at = batch.at + tiles_.neighbour(i);
+            Lanes<T> l(tiles_, batch.statistics.tile(i, 1, 0, n), n);
+            apply(k_, {operand(call_.x, call_.dtype, at, rows, kX), operand(call_.y, call_.dtype, at, rows, kY),
+                       l.parameter(call_.weight, at, kWeight, one<T>()), l.parameter(call_.bias, at, kBias, zero<T>()),
+                       l.statistics, rows.rows.extent, lanes, schedule_.stream});
+        }
+        return true;
     }
 
     void finish(Batch* batch) const {
@@ -601,10 +682,27 @@ class RowsBackward {
 
     void dx_of_sets(index_t first, index_t n) const {
         const Offsets all = plan_.kept.offsets(first);
+        if (n > 1 && dx_in_rows(all, first, n)) return;
         tiles_.for_each(
             n, [&](const Offsets& at, const Tiles& tiles, const Tiles::Tile& tile, index_t set, index_t step) {
                 dx_tile(all + at, tiles, tile, statistics_.tile(first + set, step, 0, step ? tile.rows : 1));
             });
+    }
+
+    bool dx_in_rows(const Offsets& all, index_t first, index_t n_sets) const {
+        const index_t most = tiles_.sets_in_row(kBackwardOperands & ~bit(kGradient));
+        if (most == 0 || call_.constant_statistics || statistics_.tile(first, 1, 0, n_sets).scale) return false;
+        if (call_.weight && call_.weight_dtype != kDtype<T>) return false;
+        const Tiles rows = tiles_.rows_of_sets();
+        for (index_t i = 0; i < n_sets; i += most) {
+            const index_t n = std::min(most, n_sets - i), lanes = n * rows.lanes.extent;
+            const Offsets at = all + tiles_.neighbour(i);
+            Lanes<T> l(tiles_, statistics_.tile(first + i, 1, 0, n), n);
+            backward(k_, operand(call_.dy, call_.dtype, at, rows, kDy), operand(call_.x, call_.dtype, at, rows, kX),
+                     l.parameter(call_.weight, at, kWeight, one<T>()), operand(call_.dx, call_.dtype, at, rows, kY),
+                     l.statistics, rows.rows.extent, lanes, nullptr, nullptr, schedule_.stream);
+        }
+        return true;
     }
 
     void dx_tile(const Offsets& set, const Tiles& tiles, const Tiles::Tile& tile, const TileStatistics<T>& s) const {
