@@ -99,7 +99,9 @@ def test_every_norm_is_here():
 
 
 RUNNING = [case for case in BIG + BIG_OF_OTHERS if case.row.evaluation is not None]
-SWITCHES = [dict(zip(("split", "resident", "stream"), values)) for values in product((False, True), repeat=3)]
+NAMES = ("split", "resident", "stream", "by_row")
+SWITCHES = [dict(zip(NAMES, (*values, False))) for values in product((False, True), repeat=3)]
+SWITCHES += [dict(zip(NAMES, (False, True, stream, True))) for stream in (False, True)]
 
 
 def forced_paths(case):
@@ -107,12 +109,13 @@ def forced_paths(case):
     return product(_debug.isas(), threads, SWITCHES)
 
 
-def taken(walk, split, resident, stream):
+def taken(walk, split, resident, stream, by_row):
     """What these switches come to: a split set is in no one's cache, and columns that are streamed are split."""
     return {
         "split": split or (walk == "columns" and not resident),
         "resident": resident and not split,
         "stream": stream,
+        "by_row": by_row and walk == "rows",
     }
 
 
@@ -120,7 +123,7 @@ def taken(walk, split, resident, stream):
 def test_same_bits_on_every_path(rng, case):
     """Every instruction set, number of threads, split or not, resident or streamed, both kinds of store."""
     arguments = example(rng, case)
-    with _debug.force(isa=_debug.isas()[0], threads=1, split=False, resident=True, stream=False):
+    with _debug.force(isa=_debug.isas()[0], threads=1, split=False, resident=True, stream=False, by_row=False):
         expected, _ = everything(case, *arguments)
     for isa, threads, forced in forced_paths(case):
         with _debug.force(isa=isa, threads=threads, **forced):
@@ -145,7 +148,7 @@ def test_both_walks_are_here(rng):
     assert {path["walk"] for case in BIG for path in everything(case, *example(rng, case))[1]} == {"rows", "columns"}
 
 
-SMALL = in_every_dtype(layouts(((33, 70), (2, 18, 50), (2, 6, 5, 7), (2, 3, 4, 9, 17))), 4)
+SMALL = in_every_dtype(layouts(((33, 70), (2, 18, 50), (2, 6, 5, 7), (9, 34, 7, 7), (2, 3, 4, 9, 17))), 4)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=ids(SMALL))
@@ -154,8 +157,15 @@ def test_same_bits_on_every_path_small(rng, case):
     arguments = example(rng, case)
     expected, _ = everything(case, *arguments)
     for isa in _debug.isas():
-        for threads, *switches in ((1, 0, 0, 0), (1, 1, 1, 1), (3, 1, 0, 1), (2, 0, 1, 0), (8, 1, 0, 0)):
-            forced = {name: bool(on) for name, on in zip(("split", "resident", "stream"), switches)}
+        for threads, *switches in (
+            (1, 0, 0, 0, 0),
+            (1, 1, 1, 1, 0),
+            (3, 1, 0, 1, 0),
+            (2, 0, 1, 0, 1),
+            (1, 0, 1, 1, 1),
+            (8, 1, 0, 0, 0),
+        ):
+            forced = {name: bool(on) for name, on in zip(NAMES, switches)}
             with _debug.force(isa=isa, threads=threads, **forced):
                 results, paths = everything(case, *arguments)
             same(results, expected)

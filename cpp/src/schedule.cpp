@@ -86,8 +86,9 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
     }
     const index_t all = plan.total * element * (arrays + 1);
     const bool far = all >= kStreamBytes || arrays > 1;
-    s.by_row = plan.set_size * element >= (far ? kLeastRow : kLeastRowNear) &&
-               plan.total * element > l2_bytes() / 2 * s.threads;
+    const bool long_rows = plan.set_size * element >= (far ? kLeastRow : kLeastRowNear);
+    const bool beyond_l2 = plan.total * element > l2_bytes() / 2 * s.threads;
+    s.by_row = choose(forced.by_row, long_rows && beyond_l2) && plan.walk == Walk::rows && s.resident;
     const index_t row = plan.walk == Walk::rows ? plan.run.size() : plan.lane.extent * plan.merge.extent;
     const bool later = arrays == 1 && !s.by_row;
     const bool streams = all >= (later ? kStreamBytesForward : kStreamBytes) && row >= kStreamRow;

@@ -23,6 +23,7 @@ class Path(TypedDict):
     split: bool
     resident: bool
     stream: bool
+    by_row: bool
 
 
 class _Settings(NamedTuple):
@@ -30,6 +31,7 @@ class _Settings(NamedTuple):
     split: bool | None = None
     resident: bool | None = None
     stream: bool | None = None
+    by_row: bool | None = None
 
 
 class _Forced(local):
@@ -43,8 +45,8 @@ _forced = _Forced()
 
 def _apply(settings: _Settings) -> None:
     isa, *switches = settings
-    split, resident, stream = (-1 if switch is None else int(switch) for switch in switches)
-    _force(isa, split, resident, stream)
+    split, resident, stream, by_row = (-1 if switch is None else int(switch) for switch in switches)
+    _force(isa, split, resident, stream, by_row)
     _forced.settings = settings
 
 
@@ -56,6 +58,7 @@ def force(
     split: bool | None = None,
     resident: bool | None = None,
     stream: bool | None = None,
+    by_row: bool | None = None,
 ) -> Iterator[None]:
     """Force a path inside a `with` block. What is None stays as it was outside the block.
 
@@ -71,8 +74,10 @@ def force(
         Moments and normalization of one unit while it is in the cache (True), or in two sweeps (False).
     stream : bool, optional
         Non-temporal stores.
+    by_row : bool, optional
+        Where sets are rows of one leaf: the sums of one beside the writing of another.
     """
-    wanted: dict[str, Any] = {"isa": isa, "split": split, "resident": resident, "stream": stream}
+    wanted: dict[str, Any] = {"isa": isa, "split": split, "resident": resident, "stream": stream, "by_row": by_row}
     before, threads_before = _forced.settings, get_num_threads()
     _apply(before._replace(**{name: value for name, value in wanted.items() if value is not None}))
     try:

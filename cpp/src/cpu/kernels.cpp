@@ -702,7 +702,8 @@ NK_INLINE void backward_row_by_row(const BackwardRows<Compute<X>>& all) {
         SumsBlock<X, true> block{
             {all.dy.at(r), 0}, {all.x.at(r), 0}, {all.w.at(r), 0}, splat<X>(all.s.hi[k]), {}, {}, {}, {}, {}, {}, 0, 0};
         for_steps(1, all.lanes, block, beside);
-        all.finish(all.context, r, {block.total, xhat_sum<T>(block.total, block.total_d, all.s.lo[k], all.s.rstd[k])});
+        all.finish(all.context, r,
+                   {block.total, xhat_sum<double>(block.total, block.total_d, all.s.lo[k], all.s.rstd[k])});
     };
     Nothing nothing;
     sums_of(0, nothing);
