@@ -129,20 +129,22 @@ class SetTiles {
 
     // The sets' runs as one row of lanes, if they lie side by side, short, and several times one behind the other
     // (images of 7 x 7): what is the same for a run is then repeated for its lanes, once for all rows. 0: they don't.
+    template <class T>
     index_t sets_in_row(unsigned operands) const {
         if (!interleaved_ || elements_.n != 2) return 0;
         const Axis &rows = elements_.axis[0], &run = elements_.inner();
         if (rows.extent < kLeastRows || run.extent > kShortRun) return 0;
         for (int o = 0; o < kOperands; ++o) {
-            const bool data = bit(static_cast<Operand>(o)) & operands & (bit(kX) | bit(kY) | bit(kDy));
-            if (data && next.stride[o] != run.stride[o] * run.extent) return 0;
-            if (bit(static_cast<Operand>(o)) & operands && !data && (rows.stride[o] != 0 || run.stride[o] != 0))
+            if (!(operands >> o & 1)) continue;
+            const bool data = o == kX || o == kY || o == kDy;
+            if (data ? next.stride[o] != run.stride[o] * run.extent : rows.stride[o] != 0 || run.stride[o] != 0)
                 return 0;
         }
-        const index_t n = kRowLanes / run.extent;
+        const index_t n = kRowLanes<T> / run.extent;
         return n >= 16 ? n / 16 * 16 : n / 4 * 4;  // whole cache lines, whatever the run
     }
-    static constexpr index_t kRowLanes = 2048;
+    template <class T>
+    static constexpr index_t kRowLanes = 8192 / sizeof(T);
 
     // The rows of those lanes.
     Tiles rows_of_sets() const { return Tiles(elements_, 0); }
@@ -209,14 +211,14 @@ class SetTiles {
 template <class T>
 class Lanes {
   public:
-    Lanes(const SetTiles& tiles, const TileStatistics<T>& sets, index_t n) : tiles_(tiles), n_(n) {
-        const T* const of_sets[] = {sets.hi, sets.lo, sets.rstd, sets.mean_g, sets.mean_g_xhat};
-        for (const T* v : of_sets) tiles_.repeat(v, n, lanes_[used_++]);
-        statistics.hi = lanes_[0];
-        statistics.lo = lanes_[1];
-        statistics.rstd = lanes_[2];
-        statistics.mean_g = lanes_[3];
-        statistics.mean_g_xhat = lanes_[4];
+    Lanes(const SetTiles& tiles, const TileStatistics<T>& sets, index_t n, bool backward) : tiles_(tiles), n_(n) {
+        statistics.hi = repeated(sets.hi);
+        statistics.lo = repeated(sets.lo);
+        statistics.rstd = repeated(sets.rstd);
+        if (backward) {
+            statistics.mean_g = repeated(sets.mean_g);
+            statistics.mean_g_xhat = repeated(sets.mean_g_xhat);
+        }
         statistics.lane = 1;
     }
 
@@ -225,18 +227,22 @@ class Lanes {
         if (!base) return absent;
         T of_sets[kSetsAtOnce];
         for (index_t i = 0; i < n_; ++i) of_sets[i] = read<T>(base + at[o] + i * tiles_.next.stride[o]);
-        T* const lanes = lanes_[used_++];
-        tiles_.repeat(of_sets, n_, lanes);
-        return {reinterpret_cast<const char*>(lanes), 0, sizeof(T), kDtype<T>};
+        return {reinterpret_cast<const char*>(repeated(of_sets)), 0, sizeof(T), kDtype<T>};
     }
 
     TileStatistics<T> statistics;
 
   private:
+    const T* repeated(const T* of_sets) {
+        T* const lanes = lanes_[used_++];
+        tiles_.repeat(of_sets, n_, lanes);
+        return lanes;
+    }
+
     const SetTiles& tiles_;
     const index_t n_;
     int used_ = 0;
-    T lanes_[7][SetTiles::kRowLanes];
+    T lanes_[7][SetTiles::kRowLanes<T>];
 };
 
 // ------------------------------------------------------------------------------------------------------------ forward
@@ -369,7 +375,7 @@ class RowsForward {
     }
 
     bool write_in_rows(const Batch& batch) const {
-        const index_t most = tiles_.sets_in_row(kForwardOperands);
+        const index_t most = tiles_.template sets_in_row<T>(kForwardOperands);
         if (most == 0 || batch.statistics.tile(0, 1, 0, batch.n).scale) return false;
         if ((call_.weight && call_.weight_dtype != kDtype<T>) || (call_.bias && call_.bias_dtype != kDtype<T>))
             return false;
@@ -377,7 +383,7 @@ class RowsForward {
         for (index_t i = 0; i < batch.n; i += most) {
             const index_t n = std::min(most, batch.n - i), lanes = n * rows.lanes.extent;
             const Offsets at = batch.at + tiles_.neighbour(i);
-            Lanes<T> l(tiles_, batch.statistics.tile(i, 1, 0, n), n);
+            Lanes<T> l(tiles_, batch.statistics.tile(i, 1, 0, n), n, false);
             apply(k_, {operand(call_.x, call_.dtype, at, rows, kX), operand(call_.y, call_.dtype, at, rows, kY),
                        l.parameter(call_.weight, at, kWeight, one<T>()), l.parameter(call_.bias, at, kBias, zero<T>()),
                        l.statistics, rows.rows.extent, lanes, schedule_.stream});
@@ -690,14 +696,14 @@ class RowsBackward {
     }
 
     bool dx_in_rows(const Offsets& all, index_t first, index_t n_sets) const {
-        const index_t most = tiles_.sets_in_row(kBackwardOperands & ~bit(kGradient));
+        const index_t most = tiles_.template sets_in_row<T>(kBackwardOperands & ~bit(kGradient));
         if (most == 0 || call_.constant_statistics || statistics_.tile(first, 1, 0, n_sets).scale) return false;
         if (call_.weight && call_.weight_dtype != kDtype<T>) return false;
         const Tiles rows = tiles_.rows_of_sets();
         for (index_t i = 0; i < n_sets; i += most) {
             const index_t n = std::min(most, n_sets - i), lanes = n * rows.lanes.extent;
             const Offsets at = all + tiles_.neighbour(i);
-            Lanes<T> l(tiles_, statistics_.tile(first + i, 1, 0, n), n);
+            Lanes<T> l(tiles_, statistics_.tile(first + i, 1, 0, n), n, true);
             backward(k_, operand(call_.dy, call_.dtype, at, rows, kDy), operand(call_.x, call_.dtype, at, rows, kX),
                      l.parameter(call_.weight, at, kWeight, one<T>()), operand(call_.dx, call_.dtype, at, rows, kY),
                      l.statistics, rows.rows.extent, lanes, nullptr, nullptr, schedule_.stream);

@@ -1,0 +1,676 @@
+// Kernels along the lanes: everything is contiguous, so a row is read front to back. Part of kernels.cpp.
+#pragma once
+
+#include <limits>
+#include <type_traits>
+
+#include "kernels_formula.h"
+
+namespace {
+
+// What is done beside a sum: the next row is read while this one is written, and neither memory nor arithmetic waits
+// for the other. They take turns, short ones, so that both are in the window of instructions that a core reorders: 128
+// elements took 1.4 times as long as 64 on layer norm 4096 x 768 (one thread of a Zen 4).
+constexpr index_t kTurn = 64;
+struct Nothing {};
+
+// Walks `rows` runs of `lanes` elements in steps of B::kLanes; each run starts again at virtual lane 0. After B::kSteps
+// steps the block's short sums go over to its long ones, so that no chain of additions in X is longer than kDepth.
+template <class B, class Beside>
+NK_INLINE void for_steps(index_t rows, index_t lanes, B& block, Beside& beside) {
+    index_t steps = 0;
+    for (index_t r = 0; r < rows; ++r) {
+        block.row(r);
+        index_t at = 0;
+        while (lanes - at >= B::kLanes) {
+            index_t todo = (lanes - at) / B::kLanes;
+            if (todo > B::kSteps - steps) todo = B::kSteps - steps;
+            steps += todo;
+            if constexpr (!std::is_same_v<Beside, Nothing>) {
+                constexpr index_t kStepsOfTurn = kTurn / B::kLanes;
+                index_t turns = todo / kStepsOfTurn;
+                if (turns > beside.turns()) turns = beside.turns();
+                todo -= turns * kStepsOfTurn;
+                for (; turns > 0; --turns) {
+                    block.ask_ahead(at);
+#pragma GCC unroll 2
+                    for (int i = 0; i < kStepsOfTurn; ++i, at += B::kLanes) block.full(at);
+                    beside.turn();
+                }
+            }
+            for (; todo > 0; --todo, at += B::kLanes) block.full(at);
+            if (steps == B::kSteps) {
+                block.flush();
+                steps = 0;
+            }
+        }
+        if (at < lanes) {
+            block.tail(at, static_cast<int>(lanes - at));
+            if (++steps == B::kSteps) {
+                block.flush();
+                steps = 0;
+            }
+        }
+    }
+    if (steps > 0) block.flush();
+}
+
+template <class B>
+NK_INLINE void for_steps(index_t rows, index_t lanes, B& block) {
+    Nothing nothing;
+    for_steps(rows, lanes, block, nothing);
+}
+
+template <class X>
+NK_INLINE index_t bytes(index_t elements) {
+    return elements * static_cast<index_t>(sizeof(X));
+}
+
+// Vector i of a step that has only `n` elements: whole, in part, or (n <= 0) not there.
+template <class X>
+NK_INLINE Vec<X> load_rest(const char* p, int n) {
+    return n >= kWidth<X> ? load<X>(p) : load_first<X>(p, n);
+}
+
+// Whether means are taken about an element of the set, the origin. Other data has a mean in double with digits to
+// spare; float64 data gets them here, because no element is further from the mean than sqrt(n) standard deviations.
+template <class X>
+constexpr bool kAboutOrigin = std::is_same_v<X, double>;
+
+// Asks for the lines of a turn some way ahead, which are those of the next row at the end of one.
+template <class X>
+NK_INLINE void ask_for_turn(const char* p, index_t at) {
+    constexpr index_t kAhead = 2048, kLine = 64;
+    for (index_t line = 0; line < bytes<X>(kTurn); line += kLine) __builtin_prefetch(p + bytes<X>(at) + kAhead + line);
+}
+
+// The sum of x in double: its mean is exact to the last bits of a double, as a mean that is multiplied by a large gamma
+// has to be (a sum of x - pilot in float was 1.8e-7 standard deviations off on stepped data).
+template <class X>
+struct MeanBlock {
+    static constexpr index_t kLanes = kStep;
+    static constexpr index_t kSteps = kLeafSteps;
+    static constexpr int K = kLanes / kWidth<X>;
+    static constexpr int W = Widened<Compute<X>>::kVectors;
+    In x;
+    Vec<double> origin;
+    const char* p = nullptr;
+    Vec<double> sum[K * W] = {};
+    double total = 0;
+
+    NK_INLINE void row(index_t r) { p = x.at(r); }
+    NK_INLINE void ask_ahead(index_t at) { ask_for_turn<X>(p, at); }
+    NK_INLINE void add(int i, Widened<Compute<X>> wide) {
+#pragma GCC unroll 2
+        for (int j = 0; j < W; ++j) sum[i * W + j] += wide.v[j];
+    }
+    NK_INLINE void full(index_t at) {
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i) {
+            if constexpr (kAboutOrigin<X>) {
+                sum[i] += load<X>(p + bytes<X>(at + i * kWidth<X>)) - origin;
+            } else {
+                add(i, load_widened<X>(p + bytes<X>(at + i * kWidth<X>)));
+            }
+        }
+    }
+    NK_INLINE void tail(index_t at, int n) {
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i, n -= kWidth<X>) {
+            if (n <= 0) continue;
+            const Vec<X> v = load_rest<X>(p + bytes<X>(at + i * kWidth<X>), n);
+            if constexpr (kAboutOrigin<X>) {
+                sum[i] += n >= kWidth<X> ? v - origin : keep_first<X>(v - origin, n);
+            } else {
+                add(i, widened<Compute<X>>(v));
+            }
+        }
+    }
+    NK_INLINE void flush() { total += sum_by_halves<double, K * W>(sum); }
+};
+
+// The sum of (x - pilot)^2.
+template <class X>
+struct SquaresBlock {
+    static constexpr index_t kLanes = 2 * kStep;  // one sum has registers for more chains
+    static constexpr index_t kSteps = kLoose ? 1 << 20 : kDepth;
+    static constexpr int K = kLanes / kWidth<X>;
+    In x;
+    Vec<X> pilot;
+    const char* p = nullptr;
+    Vec<X> sum[K] = {};
+    double total = 0;
+
+    NK_INLINE void row(index_t r) { p = x.at(r); }
+    NK_INLINE void ask_ahead(index_t) {}
+    NK_INLINE void full(index_t at) {
+#pragma GCC unroll 32
+        for (int i = 0; i < K; ++i) {
+            const Vec<X> d = load<X>(p + bytes<X>(at + i * kWidth<X>)) - pilot;
+            sum[i] += d * d;
+        }
+    }
+    NK_INLINE void tail(index_t at, int n) {
+#pragma GCC unroll 32
+        for (int i = 0; i < K; ++i, n -= kWidth<X>) {
+            if (n <= 0) continue;
+            const Vec<X> d = load_rest<X>(p + bytes<X>(at + i * kWidth<X>), n) - pilot;
+            sum[i] += n >= kWidth<X> ? d * d : keep_first<Compute<X>>(d * d, n);
+        }
+    }
+    NK_INLINE void flush() {
+        total += sum_by_halves<Compute<X>, K>(sum);
+#pragma GCC unroll 32
+        for (int i = 0; i < K; ++i) sum[i] = Vec<X>{};
+    }
+};
+
+// NORMKIT_LOOSE: sums of d and d^2 in one reading, about the first element.
+template <class X>
+struct LooseBlock {
+    static constexpr index_t kLanes = kStep;
+    static constexpr index_t kSteps = 1 << 20;
+    static constexpr int K = kLanes / kWidth<X>;
+    In x;
+    Vec<X> pilot;
+    const char* p = nullptr;
+    Vec<X> sum[K] = {}, squares[K] = {};
+    double total = 0, total_squares = 0;
+
+    NK_INLINE void row(index_t r) { p = x.at(r); }
+    NK_INLINE void add(int i, Vec<X> d) {
+        sum[i] += d;
+        squares[i] += d * d;
+    }
+    NK_INLINE void full(index_t at) {
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i) add(i, load<X>(p + bytes<X>(at + i * kWidth<X>)) - pilot);
+    }
+    NK_INLINE void tail(index_t at, int n) {
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i, n -= kWidth<X>) {
+            if (n <= 0) continue;
+            const Vec<X> d = load_rest<X>(p + bytes<X>(at + i * kWidth<X>), n) - pilot;
+            add(i, n >= kWidth<X> ? d : keep_first<Compute<X>>(d, n));
+        }
+    }
+    NK_INLINE void flush() {
+        total += sum_by_halves<Compute<X>, K>(sum);
+        total_squares += sum_by_halves<Compute<X>, K>(squares);
+    }
+};
+
+// M2 from squares about a pilot, `off` being the mean less the pilot. The pilot is the mean rounded to X, so nothing
+// that matters cancels; for a constant leaf it is exactly 0.
+template <class V>
+NK_INLINE V M2_about_mean(V squares, V off, double count) {
+    const V M2 = squares - off * off * count;
+    return M2 < 0 ? V{} : M2;
+}
+
+template <class X, class Beside>
+NK_INLINE double leaf_mean(In x, index_t rows, index_t lanes, double origin, Beside& beside) {
+    MeanBlock<X> sum{x, splat<double>(origin), {}, {}, 0};
+    for_steps(rows, lanes, sum, beside);
+    return sum.total / static_cast<double>(rows * lanes);
+}
+
+template <class X, class Beside>
+NK_INLINE double leaf_squares(In x, index_t rows, index_t lanes, Compute<X> pilot, Beside& beside) {
+    SquaresBlock<X> squares{x, splat<X>(pilot), {}, {}, 0};
+    for_steps(rows, lanes, squares, beside);
+    return squares.total;
+}
+
+template <class X>
+NK_INLINE Moments loose_leaf(In x, index_t rows, index_t lanes) {
+    const double count = static_cast<double>(rows * lanes);
+    const Compute<X> pilot = load_first<X>(x.p, 1)[0];
+    LooseBlock<X> block{x, splat<X>(pilot), {}, {}, {}, 0, 0};
+    for_steps(rows, lanes, block);
+    const double off = block.total / count;
+    return {count, pilot + off, M2_about_mean(block.total_squares, off, count)};
+}
+
+template <class X, class Beside>
+NK_INLINE void moments_of_leaves(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves,
+                                 bool center, Moments* out, Beside& beside) {
+    using T = Compute<X>;
+    const double count = static_cast<double>(rows * lanes);
+    if (!center || kLoose) {
+        for (index_t i = 0; i < leaves; ++i, x.p += leaf) {
+            out[i] =
+                center ? loose_leaf<X>(x, rows, lanes) : Moments{count, 0, leaf_squares<X>(x, rows, lanes, 0, beside)};
+        }
+        return;
+    }
+    const auto origin_of = [&](index_t i) NK_INLINE_LAMBDA {
+        if constexpr (kAboutOrigin<X>) return value_at<T>(origin.at(i));
+        return T{0};
+    };
+    // The mean of the next leaf before the squares of this one: what is left of a sum at its end, folding and a
+    // division, is latency, and hides behind other work.
+    double next = leaf_mean<X>(x, rows, lanes, origin_of(0), beside);
+    for (index_t i = 0; i < leaves; ++i, x.p += leaf) {
+        const double mean = next;
+        if (i + 1 < leaves) next = leaf_mean<X>(In{x.p + leaf, x.row}, rows, lanes, origin_of(i + 1), beside);
+        const T from = origin_of(i), pilot = static_cast<T>(from + mean);
+        const double squares = leaf_squares<X>(x, rows, lanes, pilot, beside);
+        out[i] = {count, mean, M2_about_mean(squares, mean - static_cast<double>(pilot - from), count)};
+    }
+}
+
+template <class X>
+void moments_along(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
+                   Moments* out) {
+    Nothing nothing;
+    moments_of_leaves<X>(x, origin, rows, lanes, leaf, leaves, center, out, nothing);
+}
+
+// Sums of g and of g * (x - hi): what makes of the second the sum of g * xhat is the same for the whole set.
+template <class X, bool WLane>
+struct SumsBlock {
+    using T = Compute<X>;
+    static constexpr index_t kLanes = kStep;
+    static constexpr index_t kSteps = kLoose ? 1 << 20 : kDepth;
+    static constexpr int K = kLanes / kWidth<X>;
+    In dy, x, w;
+    Vec<X> hi, w_row;
+    const char *p_dy = nullptr, *p_x = nullptr, *p_w = nullptr;
+    Vec<X> sum[K] = {}, sum_d[K] = {};
+    double total = 0, total_d = 0;
+
+    NK_INLINE void row(index_t r) {
+        p_dy = dy.at(r);
+        p_x = x.at(r);
+        p_w = w.at(r);
+        if constexpr (!WLane) w_row = splat<X>(value_at<T>(p_w));
+    }
+    NK_INLINE void ask_ahead(index_t at) {
+        ask_for_turn<X>(p_dy, at);
+        ask_for_turn<X>(p_x, at);
+    }
+    NK_INLINE void full(index_t at) {
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i) {
+            const index_t lane = at + i * kWidth<X>;
+            const Vec<X> g = load<X>(p_dy + bytes<X>(lane)) * (WLane ? load<T>(p_w + bytes<T>(lane)) : w_row);
+            sum[i] += g;
+            sum_d[i] += g * (load<X>(p_x + bytes<X>(lane)) - hi);
+        }
+    }
+    NK_INLINE void tail(index_t at, int n) {
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i, n -= kWidth<X>) {
+            if (n <= 0) continue;
+            const index_t lane = at + i * kWidth<X>;
+            const Vec<X> g =
+                load_rest<X>(p_dy + bytes<X>(lane), n) * (WLane ? load_rest<T>(p_w + bytes<T>(lane), n) : w_row);
+            const Vec<X> g_d = g * (load_rest<X>(p_x + bytes<X>(lane), n) - hi);
+            sum[i] += n >= kWidth<X> ? g : keep_first<T>(g, n);
+            sum_d[i] += n >= kWidth<X> ? g_d : keep_first<T>(g_d, n);
+        }
+    }
+    NK_INLINE void flush() {
+        total += sum_by_halves<Compute<X>, K>(sum);
+        total_d += sum_by_halves<Compute<X>, K>(sum_d);
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i) sum[i] = sum_d[i] = Vec<X>{};
+    }
+};
+
+// From sums of g and g * (x - hi) to the sum of g * xhat.
+template <class V>
+NK_INLINE V xhat_sum(V g, V g_d, V lo, V rstd) {
+    return (kLoose ? g_d : g_d - lo * g) * rstd;
+}
+
+template <class X, bool WLane>
+void sums_along(In dy, In x, In w, Statistics<Compute<X>> s, index_t rows, index_t lanes, index_t leaf_dy,
+                index_t leaf_x, index_t leaves, Sums* out) {
+    for (index_t i = 0; i < leaves; ++i, dy.p += leaf_dy, x.p += leaf_x) {
+        const index_t k = i * s.row;
+        SumsBlock<X, WLane> block{dy, x, w, splat<X>(s.hi[k]), {}, {}, {}, {}, {}, {}, 0, 0};
+        for_steps(rows, lanes, block);
+        out[i] = {block.total, xhat_sum<double>(block.total, block.total_d, s.lo[k], s.rstd[k])};
+    }
+}
+
+// Applies f to every vector of a row of `lanes` elements: f(first lane, n), n < kWidth<X> for the last,
+// part-filled one. Where the stores are to be non-temporal, p is brought to a vector boundary first.
+template <class X, class F>
+NK_INLINE void for_vectors(index_t lanes, const char* aligned_for, F f) {
+    index_t at = 0;
+    if (aligned_for) {
+        const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(aligned_for) % kMemoryBytes<X>);
+        if (past) {
+            index_t head = (kMemoryBytes<X> - past) / static_cast<index_t>(sizeof(X));
+            if (head > lanes) head = lanes;
+            if (head > 0) f(0, static_cast<int>(head));
+            at = head;
+        }
+    }
+    for (; lanes - at >= kWidth<X>; at += kWidth<X>) f(at, kWidth<X>);
+    if (at < lanes) f(at, static_cast<int>(lanes - at));
+}
+
+// Lanes before the first vector boundary.
+template <class X>
+NK_INLINE index_t head_of(Out y) {
+    const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p) % kMemoryBytes<X>);
+    return past == 0 ? 0 : (kMemoryBytes<X> - past) / static_cast<index_t>(sizeof(X));
+}
+
+// Non-temporal stores need elements that can reach a vector boundary at all, and take whole lines: where rows are short
+// and begin within a line, their ends cost more than is gained (layer norm backward 4096 x 768, 16 bytes past a line,
+// one thread of a Zen 4: 3.4 ms with them, 3.1 without; on a line 2.2 and 3.0).
+template <class X>
+NK_INLINE bool can_stream(Out y, index_t lanes) {
+    constexpr index_t kLine = 64, kLongRow = 16 * 1024;
+    const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p));
+    if (past % kLine == 0 && y.row % kLine == 0) return true;
+    return past % sizeof(X) == 0 && y.row % sizeof(X) == 0 && bytes<X>(lanes) >= kLongRow;
+}
+
+template <class X, bool Stream>
+NK_INLINE void put(char* p, Vec<X> v, int n) {
+    if (n < kWidth<X>) {
+        store_first<X>(p, v, n);
+    } else if constexpr (Stream) {
+        stream<X>(p, v);
+    } else {
+        store<X>(p, v);
+    }
+}
+
+// R rows at once: with w and b one a lane they share the loads of those, which else are half of all.
+template <class X, bool WLane, bool Stream, bool Centred, int R>
+NK_INLINE void apply_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t r, index_t lanes) {
+    using T = Compute<X>;
+    Vec<X> hi[R], lo[R], rstd[R], a[R], c[R];
+#pragma GCC unroll 4
+    for (int j = 0; j < R; ++j) {
+        const index_t k = (r + j) * s.row;
+        hi[j] = splat<X>(s.hi[k]);
+        lo[j] = splat<X>(s.lo[k]);
+        rstd[j] = splat<X>(s.rstd[k]);
+        if constexpr (!WLane) {
+            const T a_row = s.rstd[k] * value_at<T>(w.at(r + j));
+            a[j] = splat<X>(a_row);
+            c[j] = splat<X>(bias_term<T>(a_row, s.lo[k], value_at<T>(b.at(r + j))));
+        }
+    }
+    const char *px = x.at(r), *pw = w.at(r), *pb = b.at(r);
+    char* py = y.at(r);
+    for_vectors<X>(lanes, Stream ? py : nullptr, [&](index_t lane, int n) NK_INLINE_LAMBDA {
+        const index_t o = bytes<X>(lane);
+        Vec<X> wv = {}, bv = {};
+        if constexpr (WLane) {
+            wv = load_rest<T>(pw + bytes<T>(lane), n);
+            bv = load_rest<T>(pb + bytes<T>(lane), n);
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < R; ++j) {
+            const Vec<X> xv = load_rest<X>(px + j * x.row + o, n);
+            const Vec<X> d = Centred ? xv - hi[j] : xv;
+            const Vec<X> av = WLane ? rstd[j] * wv : a[j];
+            const Vec<X> cv = !WLane ? c[j] : Centred ? bias_term<Vec<X>>(av, lo[j], bv) : bv;
+            put<X, Stream>(py + j * y.row + o, d * av + cv, n);
+        }
+    });
+}
+
+#if defined(__AVX512F__)
+constexpr int kRowsTogether = 4;
+#else
+constexpr int kRowsTogether = 2;
+#endif
+
+template <class X, bool WLane, bool Stream>
+NK_INLINE void apply_along_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
+    // Rms: without a mean there are two subtractions less.
+    const auto centred = [&](index_t r) { return s.hi[r * s.row] != 0 || s.lo[r * s.row] != 0; };
+    // Not past the caches: those stores want one stream.
+    const bool together = WLane && !Stream && w.row == 0 && b.row == 0;
+    index_t r = 0;
+    while (r < rows) {
+        bool all_centred = together && rows - r >= kRowsTogether, none_centred = all_centred;
+        for (int j = 0; j < kRowsTogether && (all_centred || none_centred); ++j) {
+            (centred(r + j) ? none_centred : all_centred) = false;
+        }
+        if (all_centred) {
+            apply_rows<X, WLane, Stream, true, kRowsTogether>(x, y, w, b, s, r, lanes);
+            r += kRowsTogether;
+        } else if (none_centred) {
+            apply_rows<X, WLane, Stream, false, kRowsTogether>(x, y, w, b, s, r, lanes);
+            r += kRowsTogether;
+        } else if (centred(r)) {
+            apply_rows<X, WLane, Stream, true, 1>(x, y, w, b, s, r++, lanes);
+        } else {
+            apply_rows<X, WLane, Stream, false, 1>(x, y, w, b, s, r++, lanes);
+        }
+    }
+}
+
+template <class X, bool WLane>
+void apply_along(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes, bool stream) {
+    if (stream && can_stream<X>(y, lanes)) {
+        apply_along_rows<X, WLane, true>(x, y, w, b, s, rows, lanes);
+    } else {
+        apply_along_rows<X, WLane, false>(x, y, w, b, s, rows, lanes);
+    }
+}
+
+// A row to be written, a few vectors at a time; half as many as its moments, which are two readings, take.
+template <class X, bool WLane, bool Stream>
+struct Applying {
+    using T = Compute<X>;
+    static constexpr index_t kElements = kTurn / 2;
+    index_t lanes = 0, lane = 0;
+    const char *x = nullptr, *w = nullptr, *b = nullptr;
+    char* y = nullptr;
+    Vec<X> hi = {}, lo = {}, rstd = {}, a = {}, c = {};
+
+    // lanes = 0: nothing to write.
+    NK_INLINE Applying(const WholeRows<X>& all, index_t r, const T (&hi_lo_rstd)[3], bool write)
+        : lanes(write ? all.lanes : 0), x(all.x.at(r)), w(all.w.at(r)), b(all.b.at(r)), y(all.y.at(r)) {
+        hi = splat<X>(hi_lo_rstd[0]);
+        lo = splat<X>(hi_lo_rstd[1]);
+        rstd = splat<X>(hi_lo_rstd[2]);
+        if constexpr (!WLane) {
+            const T a_row = hi_lo_rstd[2] * value_at<T>(w);
+            a = splat<X>(a_row);
+            c = splat<X>(bias_term<T>(a_row, hi_lo_rstd[1], value_at<T>(b)));
+        }
+        const index_t head = Stream ? head_of<X>(Out{y, 0}) : 0;
+        if (head > 0 && lanes > 0) vector(static_cast<int>(head < lanes ? head : lanes));
+    }
+    NK_INLINE void vector(int n) {
+        const Vec<X> av = WLane ? rstd * load_rest<T>(w + bytes<T>(lane), n) : a;
+        const Vec<X> cv = WLane ? bias_term<Vec<X>>(av, lo, load_rest<T>(b + bytes<T>(lane), n)) : c;
+        put<X, Stream>(y + bytes<X>(lane), (load_rest<X>(x + bytes<X>(lane), n) - hi) * av + cv, n);
+        lane += n;
+    }
+    NK_INLINE index_t turns() const { return (lanes - lane) / kElements; }
+    NK_INLINE void turn() {
+#pragma GCC unroll 8
+        for (int i = 0; i < kElements / kWidth<X>; ++i) vector(kWidth<X>);
+    }
+    NK_INLINE void rest() {
+        while (lanes - lane >= kWidth<X>) vector(kWidth<X>);
+        if (lane < lanes) vector(static_cast<int>(lanes - lane));
+    }
+};
+
+// Row r is written beside the moments of row r + 2, so that r's statistics, a chain of divisions and a root, are ready.
+template <class X, bool WLane, bool Stream>
+NK_INLINE void forward_row_by_row(const WholeRows<X>& all, FinishRow<Compute<X>> finish) {
+    constexpr index_t kLag = 2;
+    Compute<X> statistics[kLag][3] = {};
+    bool write[kLag] = {};
+    for (index_t r = 0; r < all.rows + kLag; ++r) {
+        const bool late = r >= kLag;
+        Applying<X, WLane, Stream> applying(all, late ? r - kLag : 0, statistics[r % kLag], late && write[r % kLag]);
+        if (r < all.rows) {
+            Moments moments;
+            moments_of_leaves<X>({all.x.at(r), 0}, {all.origin.at(r), 0}, 1, all.lanes, 0, 1, all.center, &moments,
+                                 applying);
+            write[r % kLag] = finish.finish(finish.context, r, moments, statistics[r % kLag]);
+        }
+        applying.rest();
+    }
+}
+
+template <class X, bool WLane>
+void forward_rows(const WholeRows<X>& all, FinishRow<Compute<X>> finish) {
+    if (all.stream && can_stream<X>(all.y, all.lanes)) {
+        forward_row_by_row<X, WLane, true>(all, finish);
+    } else {
+        forward_row_by_row<X, WLane, false>(all, finish);
+    }
+}
+
+template <class X, bool WLane, bool Stream>
+NK_INLINE void dx_along_rows(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
+    using T = Compute<X>;
+    for (index_t r = 0; r < rows; ++r) {
+        const char *pdy = dy.at(r), *px = x.at(r), *pw = w.at(r);
+        char* pdx = dx.at(r);
+        const index_t i = r * s.row;
+        const DxTerms<T> terms = dx_terms<T>(s.lo[i], s.rstd[i], s.mean_g[i], s.mean_g_xhat[i]);
+        const Vec<X> hi = splat<X>(s.hi[i]), rstd = splat<X>(s.rstd[i]), e = splat<X>(terms.e), c = splat<X>(terms.c);
+        Vec<X> a = {};
+        if constexpr (!WLane) a = splat<X>(s.rstd[i] * value_at<T>(pw));
+        for_vectors<X>(lanes, Stream ? pdx : nullptr, [=](index_t lane, int n) NK_INLINE_LAMBDA {
+            const index_t o = bytes<X>(lane);
+            const Vec<X> d = load_rest<X>(px + o, n) - hi;
+            const Vec<X> av = WLane ? rstd * load_rest<T>(pw + bytes<T>(lane), n) : a;
+            put<X, Stream>(pdx + o, (load_rest<X>(pdy + o, n) * av - (d * rstd) * e) + c, n);
+        });
+    }
+}
+
+template <class X, bool WLane>
+void dx_along(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes, bool stream) {
+    if (stream && can_stream<X>(dx, lanes)) {
+        dx_along_rows<X, WLane, true>(dy, x, w, dx, s, rows, lanes);
+    } else {
+        dx_along_rows<X, WLane, false>(dy, x, w, dx, s, rows, lanes);
+    }
+}
+
+// dx of a row, a few vectors at a time, and dy and dy * xhat added to what earlier rows have left in `sum`, `sum_xhat`.
+// Those are whole vectors; what comes into lanes beyond the row's last is never looked at.
+template <class X, bool Sum, bool Stream>
+struct WritingDx {
+    using T = Compute<X>;
+    static constexpr index_t kElements = kTurn;
+    index_t lanes = 0, lane = 0;
+    const char *dy = nullptr, *x = nullptr, *w = nullptr;
+    char* dx = nullptr;
+    T *sum = nullptr, *sum_xhat = nullptr;
+    Vec<X> hi = {}, lo = {}, rstd = {}, e = {}, c = {};
+
+    NK_INLINE WritingDx(const BackwardRows<T>& all, index_t r, T* sums, T* sums_xhat)
+        : lanes(all.lanes),
+          dy(all.dy.at(r)),
+          x(all.x.at(r)),
+          w(all.w.at(r)),
+          dx(all.dx.at(r)),
+          sum(sums),
+          sum_xhat(sums_xhat) {
+        const Statistics<T>& s = all.s;
+        const index_t i = r * s.row;
+        const DxTerms<T> terms = dx_terms<T>(s.lo[i], s.rstd[i], s.mean_g[i], s.mean_g_xhat[i]);
+        hi = splat<X>(s.hi[i]);
+        lo = splat<X>(s.lo[i]);
+        rstd = splat<X>(s.rstd[i]);
+        e = splat<X>(terms.e);
+        c = splat<X>(terms.c);
+        const index_t head = Stream ? head_of<X>(Out{dx, 0}) : 0;
+        if (head > 0) vector(static_cast<int>(head < lanes ? head : lanes));
+    }
+    NK_INLINE void add(T* to, Vec<X> v) {
+        char* const p = reinterpret_cast<char*>(to + lane);
+        store<T>(p, load<T>(p) + v);
+    }
+    NK_INLINE void vector(int n) {
+        const Vec<X> dyv = load_rest<X>(dy + bytes<X>(lane), n);
+        const Vec<X> d = load_rest<X>(x + bytes<X>(lane), n) - hi;
+        const Vec<X> a = rstd * load_rest<T>(w + bytes<T>(lane), n);
+        put<X, Stream>(dx + bytes<X>(lane), (dyv * a - (d * rstd) * e) + c, n);
+        if constexpr (Sum) {
+            const Vec<X> xhat = (kLoose ? d : d - lo) * rstd;
+            add(sum, n < kWidth<X> ? keep_first<T>(dyv, n) : dyv);
+            add(sum_xhat, n < kWidth<X> ? keep_first<T>(dyv * xhat, n) : dyv * xhat);
+        }
+        lane += n;
+    }
+    NK_INLINE index_t turns() const { return (lanes - lane) / kElements; }
+    NK_INLINE void turn() {
+#pragma GCC unroll 16
+        for (int i = 0; i < kElements / kWidth<X>; ++i) vector(kWidth<X>);
+    }
+    NK_INLINE void rest() {
+        while (lanes - lane >= kWidth<X>) vector(kWidth<X>);
+        if (lane < lanes) vector(static_cast<int>(lanes - lane));
+    }
+};
+
+// Row r is written beside the sums of row r + 1.
+template <class X, bool Sum, bool Stream>
+NK_INLINE void backward_row_by_row(const BackwardRows<Compute<X>>& all) {
+    using T = Compute<X>;
+    alignas(64) T sum[kLeafLanes + kWidth<X>], sum_xhat[kLeafLanes + kWidth<X>];
+    for (index_t l = 0; Sum && l < all.lanes + kWidth<X>; ++l) sum[l] = sum_xhat[l] = 0;
+    const auto sums_of = [&](index_t r, auto& beside) NK_INLINE_LAMBDA {
+        const index_t k = r * all.s.row;
+        SumsBlock<X, true> block{
+            {all.dy.at(r), 0}, {all.x.at(r), 0}, {all.w.at(r), 0}, splat<X>(all.s.hi[k]), {}, {}, {}, {}, {}, {}, 0, 0};
+        for_steps(1, all.lanes, block, beside);
+        all.finish(all.context, r,
+                   {block.total, xhat_sum<double>(block.total, block.total_d, all.s.lo[k], all.s.rstd[k])});
+    };
+    Nothing nothing;
+    sums_of(0, nothing);
+    for (index_t r = 0; r < all.rows; ++r) {
+        WritingDx<X, Sum, Stream> writing(all, r, sum, sum_xhat);
+        if (r + 1 < all.rows) sums_of(r + 1, writing);
+        writing.rest();
+    }
+    for (index_t l = 0; Sum && l < all.lanes; ++l) all.sum_g[l] += static_cast<double>(sum[l]);
+    for (index_t l = 0; Sum && l < all.lanes; ++l) all.sum_g_xhat[l] += static_cast<double>(sum_xhat[l]);
+}
+
+template <class X>
+void backward_rows(const BackwardRows<Compute<X>>& all) {
+    const bool streamed = all.stream && can_stream<X>(all.dx, all.lanes);
+    if (!all.sum_g) {
+        streamed ? backward_row_by_row<X, false, true>(all) : backward_row_by_row<X, false, false>(all);
+    } else {
+        streamed ? backward_row_by_row<X, true, true>(all) : backward_row_by_row<X, true, false>(all);
+    }
+}
+
+template <class X, bool Stream>
+NK_INLINE void copy_rows(In x, Out y, index_t rows, index_t lanes) {
+    for (index_t r = 0; r < rows; ++r) {
+        const char* px = x.at(r);
+        char* py = y.at(r);
+        for_vectors<X>(lanes, Stream ? py : nullptr, [=](index_t lane, int n) NK_INLINE_LAMBDA {
+            const index_t o = bytes<X>(lane);
+            put<X, Stream>(py + o, load_rest<X>(px + o, n), n);
+        });
+    }
+}
+
+template <class X>
+void copy(In x, Out y, index_t rows, index_t lanes, bool stream) {
+    if (stream && can_stream<X>(y, lanes)) {
+        copy_rows<X, true>(x, y, rows, lanes);
+    } else {
+        copy_rows<X, false>(x, y, rows, lanes);
+    }
+}
+
+}  // namespace

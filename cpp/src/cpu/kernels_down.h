@@ -1,0 +1,656 @@
+// Kernels down the rows: neighbouring lanes are different sets. Sums keep a chunk of a few vectors of lanes in
+// registers while the rows of a leaf go by; results are written row by row. Part of kernels.cpp.
+#pragma once
+
+#include "kernels_along.h"
+
+namespace {
+
+// Vectors of lanes that one pass down the rows takes: a backward pass holds 8 values for each, and AVX2 has 16
+// registers, AVX-512 32.
+#if defined(__AVX512F__)
+constexpr int kChunk = 4;
+#else
+constexpr int kChunk = 2;
+#endif
+
+// Rows whose lanes are taken together before the next chunk of lanes: enough to pay for loading the statistics, few
+// enough that the rows are read and written as so many forward streams.
+constexpr index_t kRowsAtOnce = 8;
+
+// Calls f(first lane, vectors in the chunk as a constant, elements in its last vector). The first `head` lanes, fewer
+// than a vector, go by themselves.
+template <class X, class F>
+NK_INLINE void for_chunks(index_t lanes, F f, index_t head = 0) {
+    constexpr index_t width = kWidth<X>;
+    index_t at = head < lanes ? head : lanes;
+    if (at > 0) f(index_t{0}, std::integral_constant<int, 1>{}, static_cast<int>(at));
+    for (; lanes - at >= kChunk * width; at += kChunk * width) {
+        f(at, std::integral_constant<int, kChunk>{}, static_cast<int>(width));
+    }
+    for (; lanes - at >= width; at += width) f(at, std::integral_constant<int, 1>{}, static_cast<int>(width));
+    if (at < lanes) f(at, std::integral_constant<int, 1>{}, static_cast<int>(lanes - at));
+}
+
+// Vector i of a chunk of V vectors; only the last may be part-filled.
+template <class X, int V>
+NK_INLINE Vec<X> load_chunk(const char* p, int i, int n) {
+    p += i * kMemoryBytes<X>;
+    return V > 1 ? load<X>(p) : load_rest<X>(p, n);
+}
+
+// Asks for a cache line to come to L2: the rows of the next leaf lie a row's length apart, in other pages, where the
+// hardware does not look ahead. To L1 it would push out what is being read, where rows lie a power of two apart.
+NK_INLINE void prefetch_far(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+// One entry a lane of the statistics.
+template <class X, int V>
+NK_INLINE void load_lanes(Vec<X> (&v)[V], const Compute<X>* p, int n) {
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) v[i] = load_chunk<Compute<X>, V>(reinterpret_cast<const char*>(p), i, n);
+}
+
+// The doubles that go with a chunk: for each of its vectors of n lanes a Widened.
+template <class X, int V>
+using Doubles = Widened<Compute<X>>[V];
+
+template <class X, int V>
+NK_INLINE void load_doubles(Doubles<X, V>& v, const double* p, int n) {
+    constexpr int W = Widened<Compute<X>>::kVectors;
+#pragma GCC unroll 8
+    for (int i = 0; i < V * W; ++i, n -= kWidth<double>) {
+        const char* at = reinterpret_cast<const char*>(p + i * kWidth<double>);
+        if constexpr (V > 1) {
+            v[i / W].v[i % W] = load<double>(at);
+        } else {
+            v[i / W].v[i % W] = n > 0 ? load_rest<double>(at, n) : Vec<double>{};
+        }
+    }
+}
+
+template <class X, int V>
+NK_INLINE void store_doubles(double* p, const Doubles<X, V>& v, int n) {
+    constexpr int W = Widened<Compute<X>>::kVectors;
+#pragma GCC unroll 8
+    for (int i = 0; i < V * W; ++i, n -= kWidth<double>) {
+        char* at = reinterpret_cast<char*>(p + i * kWidth<double>);
+        if (V > 1 || n >= kWidth<double>) {
+            store<double>(at, v[i / W].v[i % W]);
+        } else if (n > 0) {
+            store_first<double>(at, v[i / W].v[i % W], n);
+        }
+    }
+}
+
+// One leaf of `rows` <= kLeafRows rows, V vectors of lanes: the mean in double, the squares about it in X (two chains),
+// merged in double. As in leaf_along.
+template <class X, bool Center, int V>
+NK_INLINE void leaf_down(In x, const Compute<X>* origin, index_t rows, int n, double seen, double* mean, double* M2) {
+    using T = Compute<X>;
+    constexpr int W = Widened<T>::kVectors;
+    const double count = static_cast<double>(rows);
+    Doubles<X, V> means = {};
+    // What is read twice is put side by side in L1, where rows a power of two apart would not stay: forward 15 % on
+    // batch NHWC 32 x 14^2 x 1024, 10 % on group NHWC 1 x 64^2 x 512, nothing where x is in L2.
+    constexpr bool kStaged = Center && !kLoose && V > 1;
+    [[maybe_unused]] Vec<X> staged[kStaged ? V * kLeafRows : 1];
+    const auto again = [&](index_t r, int i) NK_INLINE_LAMBDA {
+        if constexpr (kStaged) {
+            return staged[r * V + i];
+        } else {
+            return load_chunk<X, V>(x.at(r), i, n);
+        }
+    };
+    // About which squares are taken, and the same less the origin.
+    Vec<X> pilot[V] = {}, pilot_off[V] = {};
+    if constexpr (Center && !kLoose) {
+        Vec<X> from[V] = {};
+        if constexpr (kAboutOrigin<X>) load_lanes<X, V>(from, origin, n);
+        for (index_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+            for (int i = 0; i < V; ++i) {
+                if constexpr (V > 1) prefetch_far(x.at(r + kLeafRows) + i * kMemoryBytes<X>);
+                const Vec<X> v = load_chunk<X, V>(x.at(r), i, n);
+                if constexpr (kStaged) staged[r * V + i] = v;
+                if constexpr (kAboutOrigin<X>) {
+                    means[i].v[0] += v - from[i];
+                } else {
+                    const Widened<T> wide = V > 1 ? load_widened<X>(x.at(r) + i * kMemoryBytes<X>) : widened<T>(v);
+#pragma GCC unroll 2
+                    for (int j = 0; j < W; ++j) means[i].v[j] += wide.v[j];
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
+#pragma GCC unroll 2
+            for (int j = 0; j < W; ++j) {
+                // A power of two: multiplying is dividing, bit for bit.
+                means[i].v[j] = rows == kLeafRows ? means[i].v[j] * (1.0 / kLeafRows) : means[i].v[j] / count;
+            }
+            pilot[i] = pilot_off[i] = narrowed<T>(means[i]);
+            if constexpr (kAboutOrigin<X>) {
+                pilot[i] = pilot[i] + from[i];
+                pilot_off[i] = pilot[i] - from[i];
+            }
+        }
+    }
+    Vec<X> squares[2][V] = {}, loose_sum[V] = {};
+    if constexpr (Center && kLoose) {
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) pilot[i] = pilot_off[i] = load_chunk<X, V>(x.p, i, n);
+    }
+    index_t r = 0;
+    for (; r + 1 < rows; r += 2) {
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
+            const Vec<X> even = again(r, i) - pilot[i];
+            const Vec<X> odd = again(r + 1, i) - pilot[i];
+            squares[0][i] += even * even;
+            squares[1][i] += odd * odd;
+            if constexpr (kLoose) loose_sum[i] += even + odd;
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+        if (r < rows) {
+            const Vec<X> even = again(r, i) - pilot[i];
+            squares[0][i] += even * even;
+            if constexpr (kLoose) loose_sum[i] += even;
+        }
+        squares[0][i] += squares[1][i];
+    }
+    // Moments::merge, with the divisions of the counts taken out of the loop (all lanes have seen the same rows).
+    const double share = count / (seen + count);
+    const double weight = seen * share;
+    Doubles<X, V> old_mean, old_M2;
+    load_doubles<X, V>(old_mean, mean, n);
+    load_doubles<X, V>(old_M2, M2, n);
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+        const Widened<T> all = widened<T>(squares[0][i]), about = widened<T>(pilot_off[i]);
+        [[maybe_unused]] const Widened<T> loose = widened<T>(loose_sum[i]);
+#pragma GCC unroll 2
+        for (int j = 0; j < W; ++j) {
+            if constexpr (!Center) {
+                old_M2[i].v[j] += all.v[j];
+            } else {
+                const Vec<double> here = kLoose ? about.v[j] + loose.v[j] / count : means[i].v[j];
+                const Vec<double> off = here - about.v[j], delta = here - old_mean[i].v[j];
+                old_mean[i].v[j] += delta * share;
+                old_M2[i].v[j] += M2_about_mean(all.v[j], off, count) + delta * delta * weight;
+            }
+        }
+    }
+    if constexpr (Center) store_doubles<X, V>(mean, old_mean, n);
+    store_doubles<X, V>(M2, old_M2, n);
+}
+
+template <class X>
+void moments_down(In x, const Compute<X>* origin, index_t rows, index_t lanes, index_t seen, bool center, double* mean,
+                  double* M2) {
+    for (index_t r = 0; r < rows; r += kLeafRows) {
+        const index_t n_rows = rows - r < kLeafRows ? rows - r : kLeafRows;
+        const double before = static_cast<double>(seen + r);
+        for_chunks<X>(lanes, [=](index_t lane, auto v, int n) NK_INLINE_LAMBDA {
+            const In at{x.at(r) + bytes<X>(lane), x.row};
+            const Compute<X>* from = kAboutOrigin<X> ? origin + lane : nullptr;
+            if (center) {
+                leaf_down<X, true, v>(at, from, n_rows, n, before, mean + lane, M2 + lane);
+            } else {
+                leaf_down<X, false, v>(at, from, n_rows, n, before, mean + lane, M2 + lane);
+            }
+        });
+    }
+}
+
+// w (or b) of row r: one value for all lanes, or one a lane.
+template <class X, bool WLane, int V>
+NK_INLINE Vec<X> load_parameter(In w, index_t r, int i, int n) {
+    using T = Compute<X>;
+    return WLane ? load_chunk<T, V>(w.at(r), i, n) : splat<T>(value_at<T>(w.at(r)));
+}
+
+template <class X, bool WLane, bool Stream, int V>
+NK_INLINE void apply_down_chunk(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, int n) {
+    Vec<X> hi[V], lo[V], rstd[V], a[V], c[V];
+    load_lanes<X, V>(hi, s.hi, n);
+    load_lanes<X, V>(lo, s.lo, n);
+    load_lanes<X, V>(rstd, s.rstd, n);
+    const auto load_row_parameters = [&](index_t r) NK_INLINE_LAMBDA {
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
+            a[i] = rstd[i] * load_parameter<X, WLane, V>(w, r, i, n);
+            c[i] = bias_term<Vec<X>>(a[i], lo[i], load_parameter<X, WLane, V>(b, r, i, n));
+        }
+    };
+    load_row_parameters(0);
+    for (index_t r = 0; r < rows; ++r) {
+        if (r > 0 && (w.row != 0 || b.row != 0)) load_row_parameters(r);
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
+            put<X, Stream>(y.at(r) + i * kMemoryBytes<X>, (load_chunk<X, V>(x.at(r), i, n) - hi[i]) * a[i] + c[i], n);
+        }
+    }
+}
+
+template <class P>
+NK_INLINE Rows<P> shifted(Rows<P> t, index_t row, index_t bytes) {
+    return {t.p ? t.at(row) + bytes : t.p, t.row};
+}
+
+template <class T>
+NK_INLINE Statistics<T> shifted(Statistics<T> s, index_t by) {
+    const auto move = [by](const T* p) { return p ? p + by : p; };
+    return {move(s.hi), move(s.lo), move(s.rstd), move(s.mean_g), move(s.mean_g_xhat), s.row};
+}
+
+// Non-temporal stores down the rows need all rows to reach a vector boundary after the same number of lanes.
+template <class X>
+NK_INLINE bool can_stream_down(Out y) {
+    return reinterpret_cast<std::uintptr_t>(y.p) % sizeof(X) == 0 && y.row % kMemoryBytes<X> == 0;
+}
+
+// What is one a lane in the formula, N arrays of it; five leave room in L1 for what goes by.
+template <class X>
+constexpr index_t kTermLanes = 4096 / static_cast<index_t>(sizeof(Compute<X>));
+template <class X, int N>
+struct Terms {
+    alignas(64) Compute<X> of[N][kTermLanes<X> + kWidth<X>];
+};
+
+template <class X>
+NK_INLINE Vec<X> load_term(const Compute<X>* p, int n) {
+    return load_rest<Compute<X>>(reinterpret_cast<const char*>(p), n);
+}
+
+// f(lane, n) for the vectors of a row, its first `head` lanes by themselves.
+template <class X, class F>
+NK_INLINE void for_row(index_t lanes, index_t head, F f) {
+    constexpr index_t width = kWidth<X>;
+    index_t at = head < lanes ? head : lanes;
+    if (at > 0) f(index_t{0}, static_cast<int>(at));
+    for (; lanes - at >= 4 * width; at += 4 * width) {
+#pragma GCC unroll 4
+        for (index_t i = 0; i < 4; ++i) f(at + i * width, static_cast<int>(width));
+    }
+    for (; lanes - at >= width; at += width) f(at, static_cast<int>(width));
+    if (at < lanes) f(at, static_cast<int>(lanes - at));
+}
+
+// How rows go by that have their terms in common. `rows` of them, where memory has no gap in between, are taken for one
+// of `lanes` lanes with the terms repeated: vectors are part-filled where lanes are few or no multiple of a vector.
+// The first `head` lanes bring the result to a vector boundary; the terms are stored as far from one, so that loading
+// them crosses no cache line.
+struct Bundle {
+    index_t rows, lanes, head;
+};
+template <class X, bool Stream>
+NK_INLINE Bundle bundle_of(Out y, index_t rows, index_t lanes, bool without_gap) {
+    constexpr index_t width = kWidth<X>, few = kChunk * width;
+    index_t n = 1;
+    if (without_gap && (lanes % width != 0 || lanes < few)) {
+        index_t whole = 1;  // rows that fill whole vectors
+        while (whole * lanes % width != 0) whole *= 2;
+        n = (whole * lanes <= few ? few : kTermLanes<X>) / lanes;
+        if (n > rows) n = rows;
+        if (n > whole) n -= n % whole;
+        if (n < 1) n = 1;
+    }
+    const bool aligned_alike = y.row * n % kMemoryBytes<X> == 0;
+    return {n, n * lanes, Stream || (aligned_alike && n * lanes > few) ? head_of<X>(y) : 0};
+}
+
+template <class X>
+NK_INLINE index_t first_term(Bundle b) {
+    return b.head == 0 ? 0 : kWidth<X> - b.head;
+}
+
+template <class X, int N>
+NK_INLINE void repeat(Terms<X, N>& terms, Bundle b) {
+    const index_t lanes = b.lanes / b.rows;
+    for (auto& term : terms.of) {
+        Compute<X>* const first = term + first_term<X>(b);
+        for (index_t done = 1; done < b.rows;) {
+            const index_t more = b.rows - done < done ? b.rows - done : done;
+            __builtin_memcpy(first + done * lanes, first, more * lanes * sizeof *first);
+            done += more;
+        }
+    }
+}
+
+// f(vectors as a constant), if a bundle is so few whole vectors that its terms can stay in registers.
+template <class X, class F>
+NK_INLINE bool in_registers(Bundle b, F f) {
+    if (b.lanes % kWidth<X> != 0 || b.lanes > kChunk * kWidth<X> || b.head > 0) return false;
+    const index_t vectors = b.lanes / kWidth<X>;
+    if (vectors == 1) f(std::integral_constant<int, 1>{});
+    if (vectors == 2) f(std::integral_constant<int, 2>{});
+    if constexpr (kChunk == 4) {
+        if (vectors == 3) f(std::integral_constant<int, 3>{});
+        if (vectors == 4) f(std::integral_constant<int, 4>{});
+    }
+    return true;
+}
+
+// Row by row, so that memory sees one stream of each operand.
+template <class X, bool Stream>
+void apply_terms(In x, Out y, const Terms<X, 3>& terms, Bundle b, index_t rows) {
+    const index_t off = first_term<X>(b), lanes = b.lanes / b.rows;
+    const Compute<X>*hi = terms.of[0] + off, *a = terms.of[1] + off, *c = terms.of[2] + off;
+    index_t r = 0;
+    in_registers<X>(b, [&](auto v) NK_INLINE_LAMBDA {
+        constexpr int V = v;
+        Vec<X> hi_v[V], a_v[V], c_v[V];
+        load_lanes<X, V>(hi_v, hi, kWidth<X>);
+        load_lanes<X, V>(a_v, a, kWidth<X>);
+        load_lanes<X, V>(c_v, c, kWidth<X>);
+        for (; rows - r >= b.rows; r += b.rows) {
+            const char* px = x.at(r);
+            char* py = y.at(r);
+#pragma GCC unroll 4
+            for (int i = 0; i < V; ++i) {
+                const index_t o = i * kMemoryBytes<X>;
+                put<X, Stream>(py + o, (load<X>(px + o) - hi_v[i]) * a_v[i] + c_v[i], kWidth<X>);
+            }
+        }
+    });
+    // Where rows lie apart, the next one is asked for: it is a page or more away, where no hardware looks ahead (0.85
+    // of the time of batch norm 32 x 1024 x 14^2 in evaluation; nothing or less in a backward pass, which reads two).
+    const bool apart = x.row != bytes<X>(lanes);
+    for (; r < rows; r += b.rows) {
+        const char *px = x.at(r), *ahead = apart ? x.at(r + b.rows) : px;
+        char* py = y.at(r);
+        for_row<X>(rows - r < b.rows ? (rows - r) * lanes : b.lanes, b.head, [=](index_t l, int n) NK_INLINE_LAMBDA {
+            __builtin_prefetch(ahead + bytes<X>(l));
+            const Vec<X> d = load_rest<X>(px + bytes<X>(l), n) - load_term<X>(hi + l, n);
+            put<X, Stream>(py + bytes<X>(l), d * load_term<X>(a + l, n) + load_term<X>(c + l, n), n);
+        });
+    }
+}
+
+// w and b are the same for all rows; at most kTermLanes lanes.
+template <class X, bool WLane, bool Stream>
+NK_INLINE void apply_down_along(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
+    using T = Compute<X>;
+    const Bundle bundle = bundle_of<X, Stream>(y, rows, lanes, x.row == bytes<X>(lanes) && y.row == x.row);
+    Terms<X, 3> terms;
+    for_row<X>(lanes, 0, [&](index_t l, int n) NK_INLINE_LAMBDA {
+        const index_t ow = WLane ? bytes<T>(l) : 0, at = first_term<X>(bundle) + l;
+        const Vec<X> a = load_term<X>(s.rstd + l, n) * load_parameter<X, WLane, 1>({w.p + ow, 0}, 0, 0, n);
+        const Vec<X> bv = load_parameter<X, WLane, 1>({b.p + ow, 0}, 0, 0, n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[0] + at), load_term<X>(s.hi + l, n), n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[1] + at), a, n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[2] + at), bias_term<Vec<X>>(a, load_term<X>(s.lo + l, n), bv),
+                      n);
+    });
+    repeat<X, 3>(terms, bundle);
+    apply_terms<X, Stream>(x, y, terms, bundle, rows);
+}
+
+template <class X, bool WLane, bool Stream>
+NK_INLINE void apply_down_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
+    if (w.row == 0 && b.row == 0) {
+        for (index_t l = 0; l < lanes; l += kTermLanes<X>) {
+            const index_t o = bytes<X>(l), ow = WLane ? bytes<Compute<X>>(l) : 0;
+            apply_down_along<X, WLane, Stream>(shifted(x, 0, o), shifted(y, 0, o), shifted(w, 0, ow), shifted(b, 0, ow),
+                                               shifted(s, l), rows,
+                                               lanes - l < kTermLanes<X> ? lanes - l : kTermLanes<X>);
+        }
+        return;
+    }
+    for (index_t r = 0; r < rows; r += kRowsAtOnce) {
+        const index_t n_rows = rows - r < kRowsAtOnce ? rows - r : kRowsAtOnce;
+        for_chunks<X>(
+            lanes,
+            [=](index_t lane, auto v, int n) NK_INLINE_LAMBDA {
+                const index_t o = bytes<X>(lane), ow = WLane ? bytes<Compute<X>>(lane) : 0;
+                apply_down_chunk<X, WLane, Stream, v>(shifted(x, r, o), shifted(y, r, o), shifted(w, r, ow),
+                                                      shifted(b, r, ow), shifted(s, lane), n_rows, n);
+            },
+            Stream ? head_of<X>(y) : 0);
+    }
+}
+
+template <class X, bool WLane>
+void apply_down(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes, bool stream) {
+    if (stream && can_stream_down<X>(y)) {
+        apply_down_rows<X, WLane, true>(x, y, w, b, s, rows, lanes);
+    } else {
+        apply_down_rows<X, WLane, false>(x, y, w, b, s, rows, lanes);
+    }
+}
+
+template <class V>
+NK_INLINE V dx_of(V dy, V d, V rstd, V a, V e, V c) {
+    return (dy * a - (d * rstd) * e) + c;
+}
+
+template <class X, bool SLane, bool WLane, bool Dx, bool Sum, bool Stream, int V>
+NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, int n,
+                                   double* sum_g, double* sum_g_xhat) {
+    using T = Compute<X>;
+    Vec<X> hi[V] = {}, lo[V] = {}, rstd[V] = {}, a[V] = {}, e[V] = {}, c[V] = {}, wv[V];
+    Vec<X> sum[V] = {}, sum_xhat[V] = {};  // statistics one a lane: of g * (x - hi)
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) wv[i] = load_parameter<X, WLane, V>(w, 0, i, n);
+    if constexpr (SLane) {
+        load_lanes<X, V>(hi, s.hi, n);
+        load_lanes<X, V>(lo, s.lo, n);
+        load_lanes<X, V>(rstd, s.rstd, n);
+        if constexpr (Dx) {
+            Vec<X> mean_g[V], mean_g_xhat[V];
+            load_lanes<X, V>(mean_g, s.mean_g, n);
+            load_lanes<X, V>(mean_g_xhat, s.mean_g_xhat, n);
+#pragma GCC unroll 4
+            for (int i = 0; i < V; ++i) {
+                const DxTerms<Vec<X>> terms = dx_terms<Vec<X>>(lo[i], rstd[i], mean_g[i], mean_g_xhat[i]);
+                e[i] = terms.e;
+                c[i] = terms.c;
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) a[i] = rstd[i] * wv[i];
+    }
+    for (index_t r = 0; r < rows; ++r) {
+        if constexpr (!SLane) {
+            const index_t k = r * s.row;
+            DxTerms<Compute<X>> terms = {};
+            if constexpr (Dx) terms = dx_terms<Compute<X>>(s.lo[k], s.rstd[k], s.mean_g[k], s.mean_g_xhat[k]);
+#pragma GCC unroll 4
+            for (int i = 0; i < V; ++i) {
+                hi[i] = splat<X>(s.hi[k]);
+                lo[i] = splat<X>(s.lo[k]);
+                rstd[i] = splat<X>(s.rstd[k]);
+                e[i] = splat<X>(terms.e);
+                c[i] = splat<X>(terms.c);
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
+            if (r > 0 && w.row != 0) wv[i] = load_parameter<X, WLane, V>(w, r, i, n);
+            if (!SLane || (r > 0 && w.row != 0)) a[i] = rstd[i] * wv[i];
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
+            if constexpr (Sum && !Dx && V > 1) {
+                prefetch_far(dy.at(r + kSumRows) + i * kMemoryBytes<X>);
+                prefetch_far(x.at(r + kSumRows) + i * kMemoryBytes<X>);
+            }
+            const Vec<X> dyv = load_chunk<X, V>(dy.at(r), i, n);
+            const Vec<X> d = load_chunk<X, V>(x.at(r), i, n) - hi[i];
+            if constexpr (Dx)
+                put<X, Stream>(dx.at(r) + i * kMemoryBytes<X>, dx_of<Vec<X>>(dyv, d, rstd[i], a[i], e[i], c[i]), n);
+            if constexpr (Sum) {
+                const Vec<X> term = Dx ? dyv : dyv * wv[i];
+                sum[i] += term;
+                sum_xhat[i] += term * (SLane ? d : (kLoose ? d : d - lo[i]) * rstd[i]);
+            }
+        }
+    }
+    if constexpr (Sum) {
+        Doubles<X, V> g_all, xhat_all;
+        load_doubles<X, V>(g_all, sum_g, n);
+        load_doubles<X, V>(xhat_all, sum_g_xhat, n);
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
+            const Widened<T> g = widened<T>(sum[i]), g_d = widened<T>(sum_xhat[i]);
+            const Widened<T> wide_lo = widened<T>(lo[i]), wide_rstd = widened<T>(rstd[i]);
+#pragma GCC unroll 2
+            for (int j = 0; j < Widened<T>::kVectors; ++j) {
+                g_all[i].v[j] += g.v[j];
+                xhat_all[i].v[j] += SLane ? xhat_sum(g.v[j], g_d.v[j], wide_lo.v[j], wide_rstd.v[j]) : g_d.v[j];
+            }
+        }
+        store_doubles<X, V>(sum_g, g_all, n);
+        store_doubles<X, V>(sum_g_xhat, xhat_all, n);
+    }
+}
+
+// As apply_terms.
+template <class X, bool Stream>
+void dx_terms_down(In dy, In x, Out dx, const Terms<X, 5>& terms, Bundle b, index_t rows) {
+    const index_t off = first_term<X>(b), lanes = b.lanes / b.rows;
+    const Compute<X>*hi = terms.of[0] + off, *rstd = terms.of[1] + off, *a = terms.of[2] + off, *e = terms.of[3] + off,
+          *c = terms.of[4] + off;
+    index_t r = 0;
+    in_registers<X>(b, [&](auto v) NK_INLINE_LAMBDA {
+        constexpr int V = v;
+        Vec<X> hi_v[V], rstd_v[V], a_v[V], e_v[V], c_v[V];
+        load_lanes<X, V>(hi_v, hi, kWidth<X>);
+        load_lanes<X, V>(rstd_v, rstd, kWidth<X>);
+        load_lanes<X, V>(a_v, a, kWidth<X>);
+        load_lanes<X, V>(e_v, e, kWidth<X>);
+        load_lanes<X, V>(c_v, c, kWidth<X>);
+        for (; rows - r >= b.rows; r += b.rows) {
+            const char *pdy = dy.at(r), *px = x.at(r);
+            char* pdx = dx.at(r);
+#pragma GCC unroll 4
+            for (int i = 0; i < V; ++i) {
+                const index_t o = i * kMemoryBytes<X>;
+                put<X, Stream>(
+                    pdx + o,
+                    dx_of<Vec<X>>(load<X>(pdy + o), load<X>(px + o) - hi_v[i], rstd_v[i], a_v[i], e_v[i], c_v[i]),
+                    kWidth<X>);
+            }
+        }
+    });
+    for (; r < rows; r += b.rows) {
+        const char *pdy = dy.at(r), *px = x.at(r);
+        char* pdx = dx.at(r);
+        for_row<X>(rows - r < b.rows ? (rows - r) * lanes : b.lanes, b.head, [=](index_t l, int n) NK_INLINE_LAMBDA {
+            const index_t o = bytes<X>(l);
+            put<X, Stream>(pdx + o,
+                           dx_of<Vec<X>>(load_rest<X>(pdy + o, n), load_rest<X>(px + o, n) - load_term<X>(hi + l, n),
+                                         load_term<X>(rstd + l, n), load_term<X>(a + l, n), load_term<X>(e + l, n),
+                                         load_term<X>(c + l, n)),
+                           n);
+        });
+    }
+}
+
+// w is the same for all rows; at most kTermLanes lanes.
+template <class X, bool WLane, bool Stream>
+NK_INLINE void dx_down_along(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
+    using T = Compute<X>;
+    const Bundle bundle =
+        bundle_of<X, Stream>(dx, rows, lanes, x.row == bytes<X>(lanes) && dy.row == x.row && dx.row == x.row);
+    Terms<X, 5> terms;
+    for_row<X>(lanes, 0, [&](index_t l, int n) NK_INLINE_LAMBDA {
+        const index_t ow = WLane ? bytes<T>(l) : 0, at = first_term<X>(bundle) + l;
+        const Vec<X> rstd = load_term<X>(s.rstd + l, n);
+        const DxTerms<Vec<X>> more = dx_terms<Vec<X>>(load_term<X>(s.lo + l, n), rstd, load_term<X>(s.mean_g + l, n),
+                                                      load_term<X>(s.mean_g_xhat + l, n));
+        put<T, false>(reinterpret_cast<char*>(terms.of[0] + at), load_term<X>(s.hi + l, n), n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[1] + at), rstd, n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[2] + at),
+                      rstd * load_parameter<X, WLane, 1>({w.p + ow, 0}, 0, 0, n), n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[3] + at), more.e, n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[4] + at), more.c, n);
+    });
+    repeat<X, 5>(terms, bundle);
+    dx_terms_down<X, Stream>(dy, x, dx, terms, bundle, rows);
+}
+
+template <class X, bool SLane, bool WLane, bool Dx, bool Sum, bool Stream>
+NK_INLINE void backward_down_rows(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes,
+                                  double* sum_g, double* sum_g_xhat) {
+    if constexpr (SLane && Dx && !Sum) {
+        if (w.row == 0) {
+            for (index_t lane = 0; lane < lanes; lane += kTermLanes<X>) {
+                const index_t o = bytes<X>(lane);
+                dx_down_along<X, WLane, Stream>(shifted(dy, 0, o), shifted(x, 0, o),
+                                                shifted(w, 0, WLane ? bytes<Compute<X>>(lane) : 0), shifted(dx, 0, o),
+                                                shifted(s, lane), rows,
+                                                lanes - lane < kTermLanes<X> ? lanes - lane : kTermLanes<X>);
+            }
+            return;
+        }
+    }
+    const index_t at_once = Sum ? rows : kRowsAtOnce;
+    for (index_t r = 0; r < rows; r += at_once) {
+        const index_t n_rows = rows - r < at_once ? rows - r : at_once;
+        for_chunks<X>(
+            lanes,
+            [=](index_t lane, auto v, int n) NK_INLINE_LAMBDA {
+                const index_t o = bytes<X>(lane), ow = WLane ? bytes<Compute<X>>(lane) : 0;
+                backward_down_chunk<X, SLane, WLane, Dx, Sum, Stream, v>(
+                    shifted(dy, r, o), shifted(x, r, o), shifted(w, r, ow), shifted(dx, r, o),
+                    shifted(s, SLane ? lane : r * s.row), n_rows, n, Sum ? sum_g + lane : sum_g,
+                    Sum ? sum_g_xhat + lane : sum_g_xhat);
+            },
+            Stream ? head_of<X>(dx) : 0);
+    }
+}
+
+// The same with statistics one a row, for rows so long that reading them row by row is better than a few lanes of all:
+// the sums of kLeafLanes lanes wait in L1. A tile is two or three streams then, not as many as it has rows, which lie a
+// power of two apart more often than not.
+template <class X, bool Stream>
+NK_INLINE void backward_by_row(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes,
+                               double* sum_g, double* sum_g_xhat) {
+    using T = Compute<X>;
+    alignas(64) T sum[kLeafLanes + kWidth<X>], sum_xhat[kLeafLanes + kWidth<X>];
+    for (index_t lane = 0; lane < lanes; lane += kLeafLanes) {
+        const index_t n = lanes - lane < kLeafLanes ? lanes - lane : kLeafLanes, o = bytes<X>(lane);
+        for (index_t l = 0; l < n + kWidth<X>; ++l) sum[l] = sum_xhat[l] = 0;
+        const BackwardRows<T> part{
+            shifted(dy, 0, o), shifted(x, 0, o), shifted(w, 0, bytes<T>(lane)), shifted(dx, 0, o), s, rows, n};
+        for (index_t r = 0; r < rows; ++r) WritingDx<X, true, Stream>(part, r, sum, sum_xhat).rest();
+        for (index_t l = 0; l < n; ++l) sum_g[lane + l] += static_cast<double>(sum[l]);
+        for (index_t l = 0; l < n; ++l) sum_g_xhat[lane + l] += static_cast<double>(sum_xhat[l]);
+    }
+}
+
+constexpr index_t kRowByRow = 256;  // lanes
+
+template <class X, bool SLane, bool WLane>
+void backward_down(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes, double* sum_g,
+                   double* sum_g_xhat, bool stream) {
+    const bool streamed = stream && can_stream_down<X>(dx);
+    if constexpr (!SLane && WLane) {
+        if (dx.p && sum_g && lanes >= kRowByRow) {
+            if (stream && can_stream<X>(dx, lanes)) {
+                backward_by_row<X, true>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
+            } else {
+                backward_by_row<X, false>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
+            }
+            return;
+        }
+    }
+    if (!dx.p) {
+        backward_down_rows<X, SLane, WLane, false, true, false>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
+    } else if (!sum_g) {
+        if (streamed) {
+            backward_down_rows<X, SLane, WLane, true, false, true>(dy, x, w, dx, s, rows, lanes, nullptr, nullptr);
+        } else {
+            backward_down_rows<X, SLane, WLane, true, false, false>(dy, x, w, dx, s, rows, lanes, nullptr, nullptr);
+        }
+    } else if (streamed) {
+        backward_down_rows<X, SLane, WLane, true, true, true>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
+    } else {
+        backward_down_rows<X, SLane, WLane, true, true, false>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
+    }
+}
+
+}  // namespace
