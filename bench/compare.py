@@ -265,6 +265,8 @@ def sweep(options: argparse.Namespace, threads: int) -> None:
     bench = Bench(options, threads)
     versions = {contender.name: contender.version for contender in (bench.normkit, *bench.contenders)}
     machine = {**dict(environment()), **versions}
+    machine["Python"] = machine["Python"].partition(",")[0]  # where it lies is nobody's business
+    machine.pop("OpenMP", None)
     title = (
         f"{machine['CPU']}, {cores()} cores, {_core.isa()}; "
         f"{', '.join(f'{contender} {version}' for contender, version in versions.items())}; "

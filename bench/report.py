@@ -36,12 +36,15 @@ def group_of(name: str) -> tuple[tuple[int, ...], str]:
         return (2,), "half types"
     norm, which = operation.split("_")
     words = [norm.upper(), "evaluation" if which == "evaluate" else which]
-    if layout != "rows" and which != "evaluate":
+    by_layout = layout != "rows" and which != "evaluate"
+    if by_layout:
         words.append(layout.upper())
     if dtype != "float32":
         words.append(dtype)
     passes = ("forward", "backward", "evaluate")
-    return (dtype != "float32", list(NORMS).index(norm), passes.index(which), layout == "nhwc"), " ".join(words)
+    return (dtype != "float32", list(NORMS).index(norm), passes.index(which), by_layout and layout == "nhwc"), " ".join(
+        words
+    )
 
 
 def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:

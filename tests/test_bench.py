@@ -38,6 +38,14 @@ def every_row(cases):
     return [(case, which) for case in cases.CASES for which in case.passes]
 
 
+def test_every_row_counts_in_one_group(modules):
+    cases, report = modules["cases"], modules["report"]
+    rows = [{"name": cases.name(case, which, "float32")} for case, which in every_row(cases)]
+    groups = report.grouped(rows)
+    assert sorted(row["name"] for group in groups.values() for row in group) == sorted(row["name"] for row in rows)
+    assert len(groups["BN evaluation"]) == len([case for case in cases.CASES if case.norm == "bn"])
+
+
 # ---- cases.py --------------------------------------------------------------------------------------------------------
 
 

@@ -115,7 +115,6 @@ def taken(walk, split, resident, stream, by_row):
         "split": split or (walk == "columns" and not resident),
         "resident": resident and not split,
         "stream": stream,
-        "by_row": by_row and walk == "rows",
     }
 
 
@@ -133,9 +132,34 @@ def test_same_bits_on_every_path(rng, case):
             assert path["isa"] == isa
             assert path["threads"] == threads
             assert path["stream"] == forced["stream"]
+            assert forced["by_row"] or not path["by_row"]
             if case.training:  # evaluation has no moments to share or to keep
                 assert path == {**path, **taken(path["walk"], **forced)}
     same(everything(case, *arguments)[0], expected)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize(
+    "of_weight, of_bias", [(1, 0.0), (-1, -0.0), (np.inf, 0.0), (3e38, 1.0), (np.nan, 1.0)], ids=str
+)
+def test_row_by_row_with_extreme_parameters(rng, norm, of_weight, of_bias):
+    """Rows without a mean, or with one of exactly 0, add the bias as it is on every path; it says that it was taken."""
+    x = rng.standard_normal((40, 96)).astype(np.float32)
+    x[::2, 48:] = -x[::2, :48]
+    x[1] = -0.0
+    weight = (of_weight * rng.choice([1, 1e-3], 96)).astype(np.float32)
+    bias = np.full(96, of_bias, np.float32)
+    bias_too = (bias,) if norm == "layer" else ()
+
+    def run(by_row):
+        with np.errstate(all="ignore"), _debug.force(by_row=by_row, resident=True, split=False):
+            results = getattr(nk, f"{norm}_norm_forward")(x, 96, weight, *bias_too)
+            assert _debug.last_path()["by_row"] is by_row
+            gradients = getattr(nk, f"{norm}_norm_backward")(x[::-1].copy(), x, *results[1:], 96, weight)
+            assert _debug.last_path()["by_row"] is by_row
+        return [*results, *gradients]
+
+    same(run(True), run(False))
 
 
 def test_both_walks_are_here(rng):

@@ -72,6 +72,9 @@ Split<T> split(const Statistic& s) {
         out = {static_cast<T>(mean), 0, static_cast<T>(rstd / scale), static_cast<T>(scale)};
     }
     out.lo = static_cast<T>((mean - static_cast<double>(out.hi)) + s.mean_lo * scale);
+    // No -0, so that subtracting a zero mean and not subtracting it are the same.
+    out.hi += 0;
+    out.lo += 0;
     return out;
 }
 

@@ -56,11 +56,17 @@ index_t l2_bytes() {
     return bytes;
 }
 
+// Whether a set is one row and one leaf, and in a backward pass whether its parameters lie along the row.
+bool can_go_by_row(const Plan& plan, int arrays) {
+    if (plan.walk != Walk::rows || plan.runs.size() != 1 || Leaves(1, plan.run.size()).count() != 1) return false;
+    return arrays == 1 || (plan.run.n > 0 && plan.run.inner().stride[kGradient] != 0);
+}
+
 bool choose(int forced, bool automatic) { return forced < 0 ? automatic : forced != 0; }
 
 }  // namespace
 
-Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write, bool in_place) {
+Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write, bool in_place, bool given) {
     const Choices& forced = this_thread_choices();
     Schedule s;
     const index_t most = plan.total / kElementsPerThread;
@@ -88,7 +94,8 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
     const bool far = all >= kStreamBytes || arrays > 1;
     const bool long_rows = plan.set_size * element >= (far ? kLeastRow : kLeastRowNear);
     const bool beyond_l2 = plan.total * element > l2_bytes() / 2 * s.threads;
-    s.by_row = choose(forced.by_row, long_rows && beyond_l2) && plan.walk == Walk::rows && s.resident;
+    s.by_row =
+        can_go_by_row(plan, arrays) && write && !given && s.resident && choose(forced.by_row, long_rows && beyond_l2);
     const index_t row = plan.walk == Walk::rows ? plan.run.size() : plan.lane.extent * plan.merge.extent;
     const bool later = arrays == 1 && !s.by_row;
     const bool streams = all >= (later ? kStreamBytesForward : kStreamBytes) && row >= kStreamRow;

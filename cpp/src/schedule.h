@@ -18,7 +18,7 @@ struct Schedule {
 };
 
 // `element`: bytes of one. `arrays`: how many arrays of x's size are read (1 forward, 2 backward). `write`: a result of
-// x's size is written.
-Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write, bool in_place);
+// x's size is written. `given`: so are the statistics.
+Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write, bool in_place, bool given);
 
 }  // namespace normkit

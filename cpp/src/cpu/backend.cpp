@@ -25,7 +25,7 @@ void record(const Plan& plan, const Schedule& s, const Isa& isa) {
 
 void forward(const Plan& plan, const ForwardCall& call) {
     const Isa& isa = isa_in_force();
-    const Schedule schedule = make_schedule(plan, size_of(call.dtype), 1, call.y != nullptr, call.in_place);
+    const Schedule schedule = make_schedule(plan, size_of(call.dtype), 1, call.y != nullptr, call.in_place, call.given);
     with_dtype(call.dtype, [&](auto x) {
         using X = decltype(x);
         const KernelPair<X> kernels{kernels_of<X>(isa), kernels_of<Compute<X>>(isa)};
@@ -36,7 +36,8 @@ void forward(const Plan& plan, const ForwardCall& call) {
 
 void backward(const Plan& plan, const BackwardCall& call) {
     const Isa& isa = isa_in_force();
-    const Schedule schedule = make_schedule(plan, size_of(call.dtype), 2, call.dx != nullptr, call.in_place);
+    const Schedule schedule =
+        make_schedule(plan, size_of(call.dtype), 2, call.dx != nullptr, call.in_place, call.constant_statistics);
     with_dtype(call.dtype, [&](auto x) {
         using X = decltype(x);
         const KernelPair<X> kernels{kernels_of<X>(isa), kernels_of<Compute<X>>(isa)};

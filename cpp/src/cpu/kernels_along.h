@@ -469,11 +469,17 @@ struct Applying {
     index_t lanes = 0, lane = 0;
     const char *x = nullptr, *w = nullptr, *b = nullptr;
     char* y = nullptr;
+    bool centred;  // as in apply_along_rows: where not, b is added as it is
     Vec<X> hi = {}, lo = {}, rstd = {}, a = {}, c = {};
 
     // lanes = 0: nothing to write.
     NK_INLINE Applying(const WholeRows<X>& all, index_t r, const T (&hi_lo_rstd)[3], bool write)
-        : lanes(write ? all.lanes : 0), x(all.x.at(r)), w(all.w.at(r)), b(all.b.at(r)), y(all.y.at(r)) {
+        : lanes(write ? all.lanes : 0),
+          x(all.x.at(r)),
+          w(all.w.at(r)),
+          b(all.b.at(r)),
+          y(all.y.at(r)),
+          centred(hi_lo_rstd[0] != 0 || hi_lo_rstd[1] != 0) {
         hi = splat<X>(hi_lo_rstd[0]);
         lo = splat<X>(hi_lo_rstd[1]);
         rstd = splat<X>(hi_lo_rstd[2]);
@@ -487,8 +493,13 @@ struct Applying {
     }
     NK_INLINE void vector(int n) {
         const Vec<X> av = WLane ? rstd * load_rest<T>(w + bytes<T>(lane), n) : a;
-        const Vec<X> cv = WLane ? bias_term<Vec<X>>(av, lo, load_rest<T>(b + bytes<T>(lane), n)) : c;
-        put<X, Stream>(y + bytes<X>(lane), (load_rest<X>(x + bytes<X>(lane), n) - hi) * av + cv, n);
+        Vec<X> d = load_rest<X>(x + bytes<X>(lane), n), cv = c;
+        if constexpr (WLane) cv = load_rest<T>(b + bytes<T>(lane), n);
+        if (centred) {
+            d -= hi;
+            if constexpr (WLane) cv = bias_term<Vec<X>>(av, lo, cv);
+        }
+        put<X, Stream>(y + bytes<X>(lane), d * av + cv, n);
         lane += n;
     }
     NK_INLINE index_t turns() const { return (lanes - lane) / kElements; }
