@@ -140,7 +140,7 @@ def test_same_bits_on_every_path(rng, case):
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize(
-    "of_weight, of_bias", [(1, 0.0), (-1, -0.0), (np.inf, 0.0), (3e38, 1.0), (np.nan, 1.0)], ids=str
+    ("of_weight", "of_bias"), [(1, 0.0), (-1, -0.0), (np.inf, 0.0), (3e38, 1.0), (np.nan, 1.0)], ids=str
 )
 def test_row_by_row_with_extreme_parameters(rng, norm, of_weight, of_bias):
     """Rows without a mean, or with one of exactly 0, add the bias as it is on every path; it says that it was taken."""
