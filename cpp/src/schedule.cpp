@@ -25,13 +25,13 @@ constexpr index_t kStreamRow = 32;
 // forward 1.0 to 1.15; instance NHWC 256 x 28^2 x 128 backward 1.12 to 1.15, 4 x 128^2 x 128 forward 1.0 to 1.1.
 constexpr index_t kNearSamples = index_t{16} << 20;
 
-// Bytes of a row from which on it pays to do its sums beside the writing of another, where all of them come from beyond
+// Bytes of a set of one row from which on it pays to do its sums beside the writing of another, where all of them come from beyond
 // L2. More for a forward pass whose arrays fit the last-level cache. Time row by row / in batches, float32: layer norm
 // 25088 x 128 forward 0.7, backward 0.55 (two threads); 6272 x 256 backward 0.7, but forward 1.2; 4096 x 768 0.75.
 constexpr index_t kLeastRow = 512, kLeastRowNear = 2048;
 
-// Elements.
-constexpr index_t kLongSet = index_t{1} << 25;
+// Elements. Runs of a set of several need a turn's length for that.
+constexpr index_t kLeastRun = 64, kLongSet = index_t{1} << 25;
 
 // Whole rows where they are not too long, so that memory is read and written without gaps; else even parts of them, of
 // whole sets and, where that can be, whole cache lines.
@@ -56,10 +56,13 @@ index_t l2_bytes() {
     return bytes;
 }
 
-// Whether a set is one row and one leaf, and in a backward pass whether its parameters lie along the row.
+bool set_is_row(const Plan& plan) { return plan.walk == Walk::rows && plan.runs.size() == 1; }
+
+// Whether sums of one set can be taken beside the writing of another: forward, and backward where sets are rows along
+// which the parameters lie.
 bool can_go_by_row(const Plan& plan, int arrays) {
-    if (plan.walk != Walk::rows || plan.runs.size() != 1 || Leaves(1, plan.run.size()).count() != 1) return false;
-    return arrays == 1 || (plan.run.n > 0 && plan.run.inner().stride[kGradient] != 0);
+    if (arrays == 1) return plan.walk == Walk::rows;
+    return set_is_row(plan) && plan.run.n > 0 && plan.run.inner().stride[kGradient] != 0;
 }
 
 bool choose(int forced, bool automatic) { return forced < 0 ? automatic : forced != 0; }
@@ -94,8 +97,8 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
     const bool far = all >= kStreamBytes || arrays > 1;
     const bool long_rows = plan.set_size * element >= (far ? kLeastRow : kLeastRowNear);
     const bool beyond_l2 = plan.total * element > l2_bytes() / 2 * s.threads;
-    s.by_row =
-        can_go_by_row(plan, arrays) && write && !given && s.resident && choose(forced.by_row, long_rows && beyond_l2);
+    const bool worth = beyond_l2 && (set_is_row(plan) ? long_rows : plan.run.size() >= kLeastRun);
+    s.by_row = can_go_by_row(plan, arrays) && write && !given && s.resident && choose(forced.by_row, worth);
     const index_t row = plan.walk == Walk::rows ? plan.run.size() : plan.lane.extent * plan.merge.extent;
     const bool later = arrays == 1 && !s.by_row;
     const bool streams = all >= (later ? kStreamBytesForward : kStreamBytes) && row >= kStreamRow;

@@ -13,7 +13,7 @@ struct Schedule {
     bool split = false;    // a set is shared by several units of work
     bool resident = true;  // moments and apply (or sums and dx) on one unit before the next
     bool stream = false;   // non-temporal stores
-    bool by_row = false;   // rows that are sets: the sums of one beside the writing of another
+    bool by_row = false;   // the sums of one set beside the writing of another
     index_t lanes = 0;     // columns: neighbouring lanes in a unit, a multiple of merge.extent
 };
 

@@ -75,7 +75,7 @@ def force(
     stream : bool, optional
         Non-temporal stores.
     by_row : bool, optional
-        Where sets are rows of one leaf: the sums of one beside the writing of another.
+        The sums of one set beside the writing of another, where kernels can do that.
     """
     wanted: dict[str, Any] = {"isa": isa, "split": split, "resident": resident, "stream": stream, "by_row": by_row}
     before, threads_before = _forced.settings, get_num_threads()

@@ -20,6 +20,7 @@ template <class X>
 constexpr Kernels<X> table() {
     return {
         moments_along<X>,
+        moments_beside<X>,
         moments_down<X>,
         {apply_along<X, false>, apply_along<X, true>},
         {forward_rows<X, false>, forward_rows<X, true>},

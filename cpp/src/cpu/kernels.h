@@ -49,26 +49,44 @@ struct Statistics {
     index_t row = 0;
 };
 
-// Sets that are one row and one leaf each: the arguments of apply_along, without statistics.
+// Sets that are one row each, of at most so many leaves: the arguments of apply_along, without statistics.
+constexpr index_t kLeavesOfRow = 32;
 template <class X>
 struct WholeRows {
     In x;
     Out y;
     In w, b;
-    In origin;  // as moments_along
+    In origin;  // as moments_along, one a row
     index_t rows = 0, lanes = 0;
     bool center = true, stream = false;
+    bool w_constant = false, b_constant = false;  // one vector for all lanes
 };
 
-// From the moments of a row to hi, lo and rstd. False: the row is not to be written.
+// A tile that is written a little at a time, beside other work: the arguments of apply_along, w and b one value a row,
+// and where to go on.
+template <class X>
+struct Unwritten {
+    In x;
+    Out y;
+    In w, b;
+    Statistics<Compute<X>> s;
+    index_t rows = 0, lanes = 0;
+    bool stream = false;
+    index_t row = 0, lane = 0;
+
+    bool done() const { return row == rows; }
+};
+
+// From the moments of a row's leaves to hi, lo and rstd. False: the row is not to be written.
 template <class T>
 struct FinishRow {
-    bool (*finish)(const void* context, index_t row, const Moments& moments, T (&hi_lo_rstd)[3]);
+    bool (*finish)(const void* context, index_t row, const Moments* leaves, index_t count, T (&hi_lo_rstd)[3]);
     const void* context;
 };
 
-// The same for a backward pass. The sums of a row are finished by whoever called: to entries of s.mean_g and
-// s.mean_g_xhat. No sums are added down the lanes where sum_g is null.
+// The same for a backward pass, of at most kMostSums bytes a row. The sums of a row are finished by whoever called: to
+// entries of s.mean_g and s.mean_g_xhat. No sums are added down the lanes where sum_g is null.
+constexpr index_t kMostSums = 32 * 1024;
 template <class T>
 struct BackwardRows {
     In dy, x, w;
@@ -91,6 +109,10 @@ struct Kernels {
     // dtypes don't look at it.
     void (*moments_along)(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
                           Moments* out);
+
+    // The same while `tile` is written, as far as that goes.
+    void (*moments_beside)(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
+                           Moments* out, Unwritten<X>& tile);
 
     // Adds `rows` rows to the moments of each lane, which have seen `seen` rows so far. `rows` may be any number, but
     // only the last call for a lane may bring one that is not a multiple of kLeafRows. origin: as above, one a lane.
@@ -115,7 +137,7 @@ struct Kernels {
     void (*dx_along[2])(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, bool stream);
 
     // sums_along and dx_along, row by row, and the sums of dy and dy * xhat down the lanes; w is one a lane.
-    // Preconditions: a row is one leaf, rows <= kSumRows.
+    // Precondition: rows <= kSumRows.
     void (*backward_rows)(const BackwardRows<T>& rows);
 
     // Down the rows: dx, or the sums of each lane, or both in one reading. First index: statistics are one entry a row

@@ -15,7 +15,8 @@ constexpr index_t kTurn = 64;
 struct Nothing {};
 
 // Walks `rows` runs of `lanes` elements in steps of B::kLanes; each run starts again at virtual lane 0. After B::kSteps
-// steps the block's short sums go over to its long ones, so that no chain of additions in X is longer than kDepth.
+// steps the block's short sums go over to its long ones, so that no chain of additions in X is longer than kDepth. For
+// each turn of the block, B::kShare turns of what is done beside it.
 template <class B, class Beside>
 NK_INLINE void for_steps(index_t rows, index_t lanes, B& block, Beside& beside) {
     index_t steps = 0;
@@ -29,13 +30,14 @@ NK_INLINE void for_steps(index_t rows, index_t lanes, B& block, Beside& beside) 
             if constexpr (!std::is_same_v<Beside, Nothing>) {
                 constexpr index_t kStepsOfTurn = kTurn / B::kLanes;
                 index_t turns = todo / kStepsOfTurn;
-                if (turns > beside.turns()) turns = beside.turns();
+                if (turns > beside.turns() / B::kShare) turns = beside.turns() / B::kShare;
                 todo -= turns * kStepsOfTurn;
                 for (; turns > 0; --turns) {
                     block.ask_ahead(at);
 #pragma GCC unroll 2
                     for (int i = 0; i < kStepsOfTurn; ++i, at += B::kLanes) block.full(at);
-                    beside.turn();
+#pragma GCC unroll 2
+                    for (int i = 0; i < B::kShare; ++i) beside.turn();
                 }
             }
             for (; todo > 0; --todo, at += B::kLanes) block.full(at);
@@ -77,11 +79,16 @@ NK_INLINE Vec<X> load_rest(const char* p, int n) {
 template <class X>
 constexpr bool kAboutOrigin = std::is_same_v<X, double>;
 
-// Asks for the lines of a turn some way ahead, which are those of the next row at the end of one.
+// Asks for the lines of a turn some way ahead, which are those of the next row at the end of one. To L2 only: a core
+// waits for few lines to L1 at a time, too few for the latency of memory (layer norm 8192 x 1024: 0.7 times as long as
+// with lines asked to L1, at any distance).
 template <class X>
 NK_INLINE void ask_for_turn(const char* p, index_t at) {
-    constexpr index_t kAhead = 2048, kLine = 64;
-    for (index_t line = 0; line < bytes<X>(kTurn); line += kLine) __builtin_prefetch(p + bytes<X>(at) + kAhead + line);
+    constexpr index_t kAhead = 4096, kLine = 64;
+    constexpr int kToL2 = 2;
+    for (index_t line = 0; line < bytes<X>(kTurn); line += kLine) {
+        __builtin_prefetch(p + bytes<X>(at) + kAhead + line, 0, kToL2);
+    }
 }
 
 // The sum of x in double: its mean is exact to the last bits of a double, as a mean that is multiplied by a large gamma
@@ -90,6 +97,7 @@ template <class X>
 struct MeanBlock {
     static constexpr index_t kLanes = kStep;
     static constexpr index_t kSteps = kLeafSteps;
+    static constexpr int kShare = 1;
     static constexpr int K = kLanes / kWidth<X>;
     static constexpr int W = Widened<Compute<X>>::kVectors;
     In x;
@@ -129,11 +137,12 @@ struct MeanBlock {
     NK_INLINE void flush() { total += sum_by_halves<double, K * W>(sum); }
 };
 
-// The sum of (x - pilot)^2.
-template <class X>
+// The sum of (x - pilot)^2. FirstReading: of a leaf.
+template <class X, bool FirstReading>
 struct SquaresBlock {
     static constexpr index_t kLanes = 2 * kStep;  // one sum has registers for more chains
     static constexpr index_t kSteps = kLoose ? 1 << 20 : kDepth;
+    static constexpr int kShare = FirstReading ? 2 : 1;
     static constexpr int K = kLanes / kWidth<X>;
     In x;
     Vec<X> pilot;
@@ -142,7 +151,9 @@ struct SquaresBlock {
     double total = 0;
 
     NK_INLINE void row(index_t r) { p = x.at(r); }
-    NK_INLINE void ask_ahead(index_t) {}
+    NK_INLINE void ask_ahead(index_t at) {
+        if constexpr (FirstReading) ask_for_turn<X>(p, at);
+    }
     NK_INLINE void full(index_t at) {
 #pragma GCC unroll 32
         for (int i = 0; i < K; ++i) {
@@ -215,9 +226,9 @@ NK_INLINE double leaf_mean(In x, index_t rows, index_t lanes, double origin, Bes
     return sum.total / static_cast<double>(rows * lanes);
 }
 
-template <class X, class Beside>
+template <class X, bool FirstReading, class Beside>
 NK_INLINE double leaf_squares(In x, index_t rows, index_t lanes, Compute<X> pilot, Beside& beside) {
-    SquaresBlock<X> squares{x, splat<X>(pilot), {}, {}, 0};
+    SquaresBlock<X, FirstReading> squares{x, splat<X>(pilot), {}, {}, 0};
     for_steps(rows, lanes, squares, beside);
     return squares.total;
 }
@@ -239,8 +250,8 @@ NK_INLINE void moments_of_leaves(In x, In origin, index_t rows, index_t lanes, i
     const double count = static_cast<double>(rows * lanes);
     if (!center || kLoose) {
         for (index_t i = 0; i < leaves; ++i, x.p += leaf) {
-            out[i] =
-                center ? loose_leaf<X>(x, rows, lanes) : Moments{count, 0, leaf_squares<X>(x, rows, lanes, 0, beside)};
+            out[i] = center ? loose_leaf<X>(x, rows, lanes)
+                            : Moments{count, 0, leaf_squares<X, true>(x, rows, lanes, 0, beside)};
         }
         return;
     }
@@ -255,7 +266,7 @@ NK_INLINE void moments_of_leaves(In x, In origin, index_t rows, index_t lanes, i
         const double mean = next;
         if (i + 1 < leaves) next = leaf_mean<X>(In{x.p + leaf, x.row}, rows, lanes, origin_of(i + 1), beside);
         const T from = origin_of(i), pilot = static_cast<T>(from + mean);
-        const double squares = leaf_squares<X>(x, rows, lanes, pilot, beside);
+        const double squares = leaf_squares<X, false>(x, rows, lanes, pilot, beside);
         out[i] = {count, mean, M2_about_mean(squares, mean - static_cast<double>(pilot - from), count)};
     }
 }
@@ -273,6 +284,7 @@ struct SumsBlock {
     using T = Compute<X>;
     static constexpr index_t kLanes = kStep;
     static constexpr index_t kSteps = kLoose ? 1 << 20 : kDepth;
+    static constexpr int kShare = 1;
     static constexpr int K = kLanes / kWidth<X>;
     In dy, x, w;
     Vec<X> hi, w_row;
@@ -325,14 +337,20 @@ NK_INLINE V xhat_sum(V g, V g_d, V lo, V rstd) {
     return (kLoose ? g_d : g_d - lo * g) * rstd;
 }
 
+template <class X, bool WLane, class Beside>
+NK_INLINE Sums sums_of_leaf(In dy, In x, In w, const Statistics<Compute<X>>& s, index_t k, index_t rows, index_t lanes,
+                            Beside& beside) {
+    SumsBlock<X, WLane> block{dy, x, w, splat<X>(s.hi[k]), {}, {}, {}, {}, {}, {}, 0, 0};
+    for_steps(rows, lanes, block, beside);
+    return {block.total, xhat_sum<double>(block.total, block.total_d, s.lo[k], s.rstd[k])};
+}
+
 template <class X, bool WLane>
 void sums_along(In dy, In x, In w, Statistics<Compute<X>> s, index_t rows, index_t lanes, index_t leaf_dy,
                 index_t leaf_x, index_t leaves, Sums* out) {
+    Nothing nothing;
     for (index_t i = 0; i < leaves; ++i, dy.p += leaf_dy, x.p += leaf_x) {
-        const index_t k = i * s.row;
-        SumsBlock<X, WLane> block{dy, x, w, splat<X>(s.hi[k]), {}, {}, {}, {}, {}, {}, 0, 0};
-        for_steps(rows, lanes, block);
-        out[i] = {block.total, xhat_sum<double>(block.total, block.total_d, s.lo[k], s.rstd[k])};
+        out[i] = sums_of_leaf<X, WLane>(dy, x, w, s, i * s.row, rows, lanes, nothing);
     }
 }
 
@@ -361,12 +379,17 @@ NK_INLINE index_t head_of(Out y) {
     return past == 0 ? 0 : (kMemoryBytes<X> - past) / static_cast<index_t>(sizeof(X));
 }
 
+// Asks for the line in which a row that is written past the caches ends, if it ends within one. That end is an ordinary
+// store, and non-temporal ones behind it wait until it has its line (layer norm 4096 x 1000: 1.4 times as long).
+NK_INLINE void ask_for_end(const char* y, index_t row) { __builtin_prefetch(y + row, 1); }
+
 // Non-temporal stores need elements that can reach a vector boundary at all, and take whole lines: where rows are short
-// and begin within a line, their ends cost more than is gained (layer norm backward 4096 x 768, 16 bytes past a line,
-// one thread of a Zen 4: 3.4 ms with them, 3.1 without; on a line 2.2 and 3.0).
+// and begin within a line, their ends cost more than is gained. Time with them over time without, rows 16 bytes past a
+// line, layer norm forward and backward (one thread of a Zen 4): 128 lanes 2.0 and 1.7, 384 1.3 and 0.95, 768 0.75 and
+// 0.8.
 template <class X>
 NK_INLINE bool can_stream(Out y, index_t lanes) {
-    constexpr index_t kLine = 64, kLongRow = 16 * 1024;
+    constexpr index_t kLine = 64, kLongRow = 3 * 1024;
     const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p));
     if (past % kLine == 0 && y.row % kLine == 0) return true;
     return past % sizeof(X) == 0 && y.row % sizeof(X) == 0 && bytes<X>(lanes) >= kLongRow;
@@ -469,32 +492,41 @@ struct Applying {
     index_t lanes = 0, lane = 0;
     const char *x = nullptr, *w = nullptr, *b = nullptr;
     char* y = nullptr;
-    bool centred;  // as in apply_along_rows: where not, b is added as it is
+    index_t w_lanes = ~index_t{0}, b_lanes = ~index_t{0};  // masks: 0 for a constant
+    bool centred;                                          // as in apply_along_rows: where not, b is added as it is
     Vec<X> hi = {}, lo = {}, rstd = {}, a = {}, c = {};
 
-    // lanes = 0: nothing to write.
-    NK_INLINE Applying(const WholeRows<X>& all, index_t r, const T (&hi_lo_rstd)[3], bool write)
+    // Row r of a WholeRows or Unwritten. write = false: there is nothing to write.
+    template <class Tile>
+    NK_INLINE Applying(const Tile& all, index_t r, T hi_, T lo_, T rstd_, bool write)
         : lanes(write ? all.lanes : 0),
           x(all.x.at(r)),
           w(all.w.at(r)),
           b(all.b.at(r)),
           y(all.y.at(r)),
-          centred(hi_lo_rstd[0] != 0 || hi_lo_rstd[1] != 0) {
-        hi = splat<X>(hi_lo_rstd[0]);
-        lo = splat<X>(hi_lo_rstd[1]);
-        rstd = splat<X>(hi_lo_rstd[2]);
-        if constexpr (!WLane) {
-            const T a_row = hi_lo_rstd[2] * value_at<T>(w);
+          centred(hi_ != 0 || lo_ != 0) {
+        hi = splat<X>(hi_);
+        lo = splat<X>(lo_);
+        rstd = splat<X>(rstd_);
+        if constexpr (WLane) {
+            w_lanes = all.w_constant ? 0 : w_lanes;
+            b_lanes = all.b_constant ? 0 : b_lanes;
+        } else {
+            const T a_row = rstd_ * value_at<T>(w);
             a = splat<X>(a_row);
-            c = splat<X>(bias_term<T>(a_row, hi_lo_rstd[1], value_at<T>(b)));
+            c = splat<X>(bias_term<T>(a_row, lo_, value_at<T>(b)));
         }
+        if constexpr (Stream) ask_for_end(y, all.y.row);
+    }
+    // Where stores are non-temporal: up to the first vector boundary.
+    NK_INLINE void begin() {
         const index_t head = Stream ? head_of<X>(Out{y, 0}) : 0;
         if (head > 0 && lanes > 0) vector(static_cast<int>(head < lanes ? head : lanes));
     }
     NK_INLINE void vector(int n) {
-        const Vec<X> av = WLane ? rstd * load_rest<T>(w + bytes<T>(lane), n) : a;
+        const Vec<X> av = WLane ? rstd * load_rest<T>(w + bytes<T>(lane & w_lanes), n) : a;
         Vec<X> d = load_rest<X>(x + bytes<X>(lane), n), cv = c;
-        if constexpr (WLane) cv = load_rest<T>(b + bytes<T>(lane), n);
+        if constexpr (WLane) cv = load_rest<T>(b + bytes<T>(lane & b_lanes), n);
         if (centred) {
             d -= hi;
             if constexpr (WLane) cv = bias_term<Vec<X>>(av, lo, cv);
@@ -513,22 +545,88 @@ struct Applying {
     }
 };
 
-// Row r is written beside the moments of row r + 2, so that r's statistics, a chain of divisions and a root, are ready.
+// A tile as something to write beside other work, which ends in the midst of its rows.
+template <class X, bool Stream>
+class ApplyingTile {
+  public:
+    NK_INLINE explicit ApplyingTile(Unwritten<X>& tile) : tile_(tile), row_(row()) {
+        if (tile.lane > 0) {
+            row_.lane = tile.lane;
+        } else {
+            row_.begin();
+        }
+    }
+    NK_INLINE index_t turns() const { return tile_.done() ? 0 : std::numeric_limits<index_t>::max(); }
+    NK_INLINE void turn() {
+        if (row_.turns() > 0) {
+            row_.turn();
+        } else if (!tile_.done()) {
+            row_.rest();
+            if (++tile_.row == tile_.rows) return;
+            row_ = row();
+            row_.begin();
+        }
+    }
+    NK_INLINE void leave() { tile_.lane = row_.lane; }
+
+  private:
+    using Row = Applying<X, false, Stream>;
+    NK_INLINE Row row() const {
+        const index_t k = tile_.row * tile_.s.row;
+        return Row(tile_, tile_.row, tile_.s.hi[k], tile_.s.lo[k], tile_.s.rstd[k], true);
+    }
+
+    Unwritten<X>& tile_;
+    Row row_;
+};
+
+template <class X, bool Stream>
+NK_INLINE void moments_beside_tile(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves,
+                                   bool center, Moments* out, Unwritten<X>& tile) {
+    ApplyingTile<X, Stream> applying(tile);
+    moments_of_leaves<X>(x, origin, rows, lanes, leaf, leaves, center, out, applying);
+    applying.leave();
+}
+
+template <class X>
+void moments_beside(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
+                    Moments* out, Unwritten<X>& tile) {
+    if (tile.done()) {
+        moments_along<X>(x, origin, rows, lanes, leaf, leaves, center, out);
+    } else if (tile.stream && can_stream<X>(tile.y, tile.lanes)) {
+        moments_beside_tile<X, true>(x, origin, rows, lanes, leaf, leaves, center, out, tile);
+    } else {
+        moments_beside_tile<X, false>(x, origin, rows, lanes, leaf, leaves, center, out, tile);
+    }
+}
+
+// Row r is written beside the moments of a later row: not the next, if rows are short, so that r's statistics, a chain
+// of divisions and a root, are ready.
 template <class X, bool WLane, bool Stream>
 NK_INLINE void forward_row_by_row(const WholeRows<X>& all, FinishRow<Compute<X>> finish) {
-    constexpr index_t kLag = 2;
-    Compute<X> statistics[kLag][3] = {};
-    bool write[kLag] = {};
-    for (index_t r = 0; r < all.rows + kLag; ++r) {
-        const bool late = r >= kLag;
-        Applying<X, WLane, Stream> applying(all, late ? r - kLag : 0, statistics[r % kLag], late && write[r % kLag]);
+    constexpr index_t kMostLag = 2;
+    const index_t lag = all.lanes > kLeafLanes ? 1 : kMostLag;
+    Compute<X> statistics[kMostLag][3] = {};
+    bool write[kMostLag] = {};
+    Moments leaves[kLeavesOfRow];
+    for (index_t r = 0; r < all.rows + lag; ++r) {
+        const bool late = r >= lag;
+        const index_t slot = r & (lag - 1);
+        Compute<X>(&s)[3] = statistics[slot];
+        Applying<X, WLane, Stream> applying(all, late ? r - lag : 0, s[0], s[1], s[2], late && write[slot]);
+        applying.begin();
         if (r < all.rows) {
-            Moments moments;
-            moments_of_leaves<X>({all.x.at(r), 0}, {all.origin.at(r), 0}, 1, all.lanes, 0, 1, all.center, &moments,
-                                 applying);
-            write[r % kLag] = finish.finish(finish.context, r, moments, statistics[r % kLag]);
+            index_t n = 0;
+            for (index_t lane = 0; lane < all.lanes; lane += kLeafLanes) {
+                const index_t lanes = all.lanes - lane < kLeafLanes ? all.lanes - lane : kLeafLanes;
+                moments_of_leaves<X>({all.x.at(r) + bytes<X>(lane), 0}, {all.origin.at(r), 0}, 1, lanes, 0, 1,
+                                     all.center, &leaves[n++], applying);
+            }
+            applying.rest();
+            write[slot] = finish.finish(finish.context, r, leaves, n, s);
+        } else {
+            applying.rest();
         }
-        applying.rest();
     }
 }
 
@@ -598,8 +696,11 @@ struct WritingDx {
         rstd = splat<X>(s.rstd[i]);
         e = splat<X>(terms.e);
         c = splat<X>(terms.c);
-        const index_t head = Stream ? head_of<X>(Out{dx, 0}) : 0;
-        if (head > 0) vector(static_cast<int>(head < lanes ? head : lanes));
+        if constexpr (Stream) {
+            ask_for_end(dx, all.dx.row);
+            const index_t head = head_of<X>(Out{dx, 0});
+            if (head > 0) vector(static_cast<int>(head < lanes ? head : lanes));
+        }
     }
     NK_INLINE void add(T* to, Vec<X> v) {
         char* const p = reinterpret_cast<char*>(to + lane);
@@ -632,15 +733,20 @@ struct WritingDx {
 template <class X, bool Sum, bool Stream>
 NK_INLINE void backward_row_by_row(const BackwardRows<Compute<X>>& all) {
     using T = Compute<X>;
-    alignas(64) T sum[kLeafLanes + kWidth<X>], sum_xhat[kLeafLanes + kWidth<X>];
+    constexpr index_t kMost = kMostSums / static_cast<index_t>(sizeof(T)) + kWidth<X>;
+    alignas(64) T sum[kMost], sum_xhat[kMost];
     for (index_t l = 0; Sum && l < all.lanes + kWidth<X>; ++l) sum[l] = sum_xhat[l] = 0;
     const auto sums_of = [&](index_t r, auto& beside) NK_INLINE_LAMBDA {
-        const index_t k = r * all.s.row;
-        SumsBlock<X, true> block{
-            {all.dy.at(r), 0}, {all.x.at(r), 0}, {all.w.at(r), 0}, splat<X>(all.s.hi[k]), {}, {}, {}, {}, {}, {}, 0, 0};
-        for_steps(1, all.lanes, block, beside);
-        all.finish(all.context, r,
-                   {block.total, xhat_sum<double>(block.total, block.total_d, all.s.lo[k], all.s.rstd[k])});
+        Sums sums;
+        for (index_t lane = 0; lane < all.lanes; lane += kLeafLanes) {
+            const index_t lanes = all.lanes - lane < kLeafLanes ? all.lanes - lane : kLeafLanes;
+            const Sums leaf =
+                sums_of_leaf<X, true>({all.dy.at(r) + bytes<X>(lane), 0}, {all.x.at(r) + bytes<X>(lane), 0},
+                                      {all.w.at(r) + bytes<T>(lane), 0}, all.s, r * all.s.row, 1, lanes, beside);
+            sums.g += leaf.g;
+            sums.g_xhat += leaf.g_xhat;
+        }
+        all.finish(all.context, r, sums);
     };
     Nothing nothing;
     sums_of(0, nothing);

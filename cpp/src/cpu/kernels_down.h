@@ -40,7 +40,8 @@ NK_INLINE Vec<X> load_chunk(const char* p, int i, int n) {
 }
 
 // Asks for a cache line to come to L2: the rows of the next leaf lie a row's length apart, in other pages, where the
-// hardware does not look ahead. To L1 it would push out what is being read, where rows lie a power of two apart.
+// hardware does not look ahead. To L1 it would push out what is being read, where rows lie a power of two apart, and a
+// core waits for few lines to L1 at a time.
 NK_INLINE void prefetch_far(const char* p) { __builtin_prefetch(p, 0, 2); }
 
 // One entry a lane of the statistics.
@@ -362,7 +363,7 @@ void apply_terms(In x, Out y, const Terms<X, 3>& terms, Bundle b, index_t rows) 
         const char *px = x.at(r), *ahead = apart ? x.at(r + b.rows) : px;
         char* py = y.at(r);
         for_row<X>(rows - r < b.rows ? (rows - r) * lanes : b.lanes, b.head, [=](index_t l, int n) NK_INLINE_LAMBDA {
-            __builtin_prefetch(ahead + bytes<X>(l));
+            prefetch_far(ahead + bytes<X>(l));
             const Vec<X> d = load_rest<X>(px + bytes<X>(l), n) - load_term<X>(hi + l, n);
             put<X, Stream>(py + bytes<X>(l), d * load_term<X>(a + l, n) + load_term<X>(c + l, n), n);
         });

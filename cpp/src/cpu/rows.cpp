@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <optional>
 
 #include "walks.h"
 
@@ -79,7 +80,7 @@ struct SetPieces {
         per = bytes > 0 ? kPieceBytes / bytes : 1;
         if (per < kLeastSets) per = kLeastSets;
         const index_t fair = sets / (4 * threads);
-        if (per > fair) per = fair;
+        if (threads > 1 && per > fair) per = fair;
         if (per < 1) per = 1;
     }
     index_t count() const { return (sets + per - 1) / per; }
@@ -156,17 +157,41 @@ class SetTiles {
         for (index_t i = 0; i < n; ++i) std::fill_n(lanes + i * extent, extent, v[i]);
     }
 
+    // The tiles of n sets.
+    class Of {
+      public:
+        Of(const SetTiles& all, index_t n) : all_(all) {
+            if (all.interleaved_ && n < all.at_once_) fewer_.emplace(all.tiles_of(n));
+            per_ = tiles().count();
+            count_ = all.interleaved_ ? per_ : n * per_;
+        }
+
+        struct Tile {
+            Offsets at;  // from the first set; those of `tile` come on top
+            Tiles::Tile tile;
+            index_t set, step;  // number of the set of its first row, from row to row of sets
+        };
+        const Tiles& tiles() const { return fewer_ ? *fewer_ : all_.tiles_; }
+        index_t count() const { return count_; }
+        Tile operator[](index_t i) const {
+            const index_t set = all_.interleaved_ ? 0 : i / per_;
+            const Tiles::Tile tile = tiles()[i - set * per_];
+            return {all_.neighbour(set), tile, set + tile.at[kSet], index_t{all_.interleaved_}};
+        }
+
+      private:
+        const SetTiles& all_;
+        std::optional<Tiles> fewer_;
+        index_t per_, count_;
+    };
+
     // f(offsets from the first of n sets, tiles, tile, number of the set of its first row, from row to row of sets).
     template <class F>
     void for_each(index_t n, F f) const {
-        const Tiles fewer = interleaved_ && n < at_once_ ? tiles_of(n) : Tiles{};
-        const Tiles& tiles = interleaved_ && n < at_once_ ? fewer : tiles_;
-        for (index_t i = 0; i < (interleaved_ ? 1 : n); ++i) {
-            const Offsets at = neighbour(i);
-            for (index_t t = 0; t < tiles.count(); ++t) {
-                const Tiles::Tile tile = tiles[t];
-                f(at, tiles, tile, i + tile.at[kSet], index_t{interleaved_});
-            }
+        const Of all(*this, n);
+        for (index_t i = 0; i < all.count(); ++i) {
+            const Of::Tile t = all[i];
+            f(t.at, all.tiles(), t.tile, t.set, t.step);
         }
     }
 
@@ -181,9 +206,10 @@ class SetTiles {
         const index_t set = plan.set_size * bytes, run = plan.run.size() * bytes;
         index_t n = kNearBytes / set;
         if (interleaved_ && elements_.n > 1) {
-            const index_t rows = kShortRows / run, most = kPieceBytes / set;
+            const index_t rows = (near ? kShortRows : kPieceBytes) / run, most = kPieceBytes / set;
             const index_t wanted = !near || rows < most ? rows : most;
             if (wanted > n) n = wanted;
+            while (n & (n - 1)) n &= n - 1;
         }
         return n < 1 ? 1 : n > kSetsAtOnce ? kSetsAtOnce : n;
     }
@@ -277,28 +303,103 @@ class RowsForward {
   private:
     // Neighbouring sets whose moments are taken before they are written.
     struct Batch {
+        Batch() {}
+
         index_t first = 0, n = 0;
         Offsets at;  // of the first
-        Moments moments[kSetsAtOnce];
+        union {      // not initialized: small calls would notice
+            Moments moments[kSetsAtOnce];
+        };
         T storage[SetStatistics<T>::kArrays * kSetsAtOnce];
         SetStatistics<T> statistics{storage, kSetsAtOnce};
     };
 
     void whole_sets(index_t first, index_t last) const {
         if (row_by_row(first, last)) return;
+        if (schedule_.by_row) return whole_sets_beside(first, last);
         Batch batch;
         for (index_t set = first; set < last && !gives_up(); set += batch.n) {
             take(set, last, &batch);
-            moments_of(&batch);
+            moments_of(&batch, nullptr);
             finish(&batch);
             if (call_.y) write(batch);
         }
     }
 
-    // Sets that are one row and one leaf each: a kernel does the moments of one beside the writing of another. False
-    // where the kernels can't take the rows as they lie.
+    // The moments of one batch beside the writing of the one before.
+    void whole_sets_beside(index_t first, index_t last) const {
+        Batch batches[2];
+        Writing writing(*this);
+        for (index_t set = first, i = 0; set < last && !gives_up(); i ^= 1) {
+            Batch& batch = batches[i];
+            take(set, last, &batch);
+            moments_of(&batch, &writing);
+            writing.rest();
+            finish(&batch);
+            if (call_.y) writing.begin(batch);
+            set += batch.n;
+        }
+        writing.rest();
+    }
+
+    // A batch that is written beside other work: tile by tile, as far as kernels can do that, and then the rest.
+    class Writing {
+      public:
+        explicit Writing(const RowsForward& walk) : walk_(walk) {}
+
+        // The batch must stay where it is.
+        void begin(const Batch& batch) {
+            if (batch.n > 1 && walk_.goes_in_rows()) {
+                walk_.write(batch);
+                return;
+            }
+            batch_ = &batch;
+            all_.emplace(walk_.tiles_, batch.n);
+            i_ = 0;
+            take();
+        }
+        // What is to be written now; null: nothing.
+        Unwritten<X>* tile() {
+            while (batch_ && tile_.done()) next();
+            return batch_ ? &tile_ : nullptr;
+        }
+        void rest() {
+            while (batch_) {
+                write_rest(walk_.k_, &tile_);
+                next();
+            }
+        }
+
+      private:
+        // Written at once where it can't be done beside anything.
+        void take() {
+            const SetTiles::Of::Tile t = (*all_)[i_];
+            const ApplyTo<X> tile = walk_.tile_at(batch_->at + t.at, all_->tiles(), t.tile,
+                                                  batch_->statistics.tile(t.set, t.step, 0, t.step ? t.tile.rows : 1));
+            tile_ = {};
+            if (!to_write_beside(tile, &tile_)) apply(walk_.k_, tile);
+        }
+        void next() {
+            if (++i_ < all_->count()) {
+                take();
+            } else {
+                batch_ = nullptr;
+            }
+        }
+
+        const RowsForward& walk_;
+        const Batch* batch_ = nullptr;
+        std::optional<SetTiles::Of> all_;
+        index_t i_ = 0;
+        Unwritten<X> tile_;
+    };
+
+    // Sets that are one row each: a kernel does the moments of one beside the writing of another. False where the
+    // kernels can't take the rows as they lie.
     bool row_by_row(index_t first, index_t last) const {
-        if (!schedule_.by_row || !leaf_is_set_ || elements_.n > 1 || call_.given || !call_.y) return false;
+        if (!schedule_.by_row || leaves_.count() > kLeavesOfRow || !read_x_.one_row() || elements_.n > 1 ||
+            call_.given || !call_.y)
+            return false;
         const Tiles row(elements_, 0);
         for (index_t set = first, n; set < last; set += n) {
             n = std::min(last - set, tiles_.next.extent - set % tiles_.next.extent);
@@ -320,8 +421,10 @@ class RowsForward {
     };
 
     // FinishRow. A set that has to be scaled is written here.
-    static bool finish_row(const void* context, index_t row, const Moments& m, T (&hi_lo_rstd)[3]) {
+    static bool finish_row(const void* context, index_t row, const Moments* leaves, index_t count, T (&hi_lo_rstd)[3]) {
         const auto& [walk, first] = *static_cast<const RowsFrom*>(context);
+        Moments m = leaves[0];
+        for (index_t l = 1; l < count; ++l) m.merge(leaves[l]);
         const index_t x = first[kX] + row * walk.tiles_.next.stride[kX];
         const index_t statistic = first[kStatistic] + row * walk.tiles_.next.stride[kStatistic];
         const Split<T> s =
@@ -344,21 +447,21 @@ class RowsForward {
         batch->at = plan_.kept.offsets(first);
     }
 
-    void moments_of(Batch* batch) const {
+    void moments_of(Batch* batch, Writing* writing) const {
         if (call_.given) return;
         const index_t next = tiles_.next.stride[kX], leaves = leaves_.count();
         const char* x = call_.x + batch->at[kX];
         if (leaf_is_set_) {
             const Leaves::Leaf row = leaves_[0];
             moments_along(k_, read_x_(x, row, nullptr), In{x, next}, 1, row.lanes, next, batch->n, plan_.center,
-                          batch->moments);
+                          batch->moments, writing ? writing->tile() : nullptr);
             return;
         }
         for (index_t i = 0; i < batch->n; ++i, x += next) {
             Moments all;
             for (index_t l = 0; l < leaves;) {
                 Moments some[kLeavesAtOnce];
-                const index_t n = some_leaves(x, l, leaves, some);
+                const index_t n = some_leaves(x, l, leaves, some, writing ? writing->tile() : nullptr);
                 for (index_t j = 0; j < n; ++j) all.merge(some[j]);
                 l += n;
             }
@@ -373,6 +476,8 @@ class RowsForward {
             apply(k_, tile_at(batch.at + at, tiles, tile, batch.statistics.tile(set, step, 0, step ? tile.rows : 1)));
         });
     }
+
+    bool goes_in_rows() const { return tiles_.template sets_in_row<T>(kForwardOperands) > 0; }
 
     bool write_in_rows(const Batch& batch) const {
         const index_t most = tiles_.template sets_in_row<T>(kForwardOperands);
@@ -439,7 +544,7 @@ class RowsForward {
 
     // Moments of leaves l, l + 1, ... of the set at x: as many, before `last`, as are alike and lie in one run, so that
     // one call of the kernel does them. Returns how many.
-    index_t some_leaves(const char* x, index_t l, index_t last, Moments* out) const {
+    index_t some_leaves(const char* x, index_t l, index_t last, Moments* out, Unwritten<X>* beside = nullptr) const {
         X buffer[kLeafLanes];
         const Leaves::Leaf piece = leaves_[l];
         const Strided at = read_x_(x, piece, buffer);
@@ -450,7 +555,7 @@ class RowsForward {
             if (n > last - l) n = last - l;
             if (n > kLeavesAtOnce) n = kLeavesAtOnce;
         }
-        moments_along(k_, at, In{x, 0}, piece.rows, piece.lanes, kLeafLanes * at.lane, n, plan_.center, out);
+        moments_along(k_, at, In{x, 0}, piece.rows, piece.lanes, kLeafLanes * at.lane, n, plan_.center, out, beside);
         return n;
     }
 
@@ -532,7 +637,8 @@ class RowsBackward {
           read_dy_(runs_, run_, kDy, call.dtype),
           read_x_(runs_, run_, kX, call.dtype),
           read_w_(runs_, run_, kWeight, call.weight_dtype),
-          leaf_is_set_(leaves_.count() == 1 && read_dy_.one_row() && read_x_.one_row() && read_w_.one_row()),
+          set_is_row_(read_dy_.one_row() && read_x_.one_row() && read_w_.one_row()),
+          leaf_is_set_(leaves_.count() == 1 && set_is_row_),
           elements_(collapse(joined(plan.runs, plan.run), kBackwardOperands)),
           leaf_is_cell_(leaves_.count() == 1 && read_dy_.one_row() && read_x_.one_row()),
           tiles_(plan, elements_, 2 * sizeof(X), true),
@@ -798,11 +904,11 @@ class RowsBackward {
         }
     }
 
-    // The same for sets that are one row and one leaf each, by a kernel that does the sums of one beside dx of another.
+    // The same for sets that are one row each, by a kernel that does the sums of one beside dx of another.
     // False where the kernels can't.
     bool row_by_row(const Offsets& at, const Tiles& tile, index_t rows, index_t lanes, double* sum_g,
                     double* sum_g_xhat) {
-        if (!schedule_.by_row || !leaf_is_set_ || !wants_set_sums() || elements_.n > 1) return false;
+        if (!schedule_.by_row || !set_is_row_ || !wants_set_sums() || elements_.n > 1) return false;
         if (tile.rows.stride[kSet] != 1) return false;
         for (index_t i = 0; i < rows; ++i) load_statistics(at[kSet] + i);
         const RowsFrom context{this, at[kSet]};
@@ -905,7 +1011,7 @@ class RowsBackward {
     const Leaves leaves_;
     const LeafReader<X> read_dy_, read_x_;
     const LeafReader<T> read_w_;
-    const bool leaf_is_set_;
+    const bool set_is_row_, leaf_is_set_;
     const Nest elements_;
     const bool leaf_is_cell_;
     const SetTiles tiles_;

@@ -194,7 +194,7 @@ bool backward_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Str
     using T = Compute<X>;
     if (w.p == one<T>().p && lanes <= kConstantLanes) w.lane = sizeof(T);
     if (s.scale || !contiguous<X>(dy, lanes) || !contiguous<X>(x, lanes) || !contiguous<X>(dx, lanes) ||
-        !contiguous<T>(w, lanes)) {
+        !contiguous<T>(w, lanes) || lanes * index_t{sizeof(T)} > kMostSums) {
         return false;
     }
     k.direct.backward_rows(
@@ -239,9 +239,13 @@ void sums_of_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, cons
 
 template <class X>
 void moments_along(const KernelPair<X>& k, Strided x, In origin, index_t rows, index_t lanes, index_t leaf,
-                   index_t leaves, bool center, Moments* out) {
+                   index_t leaves, bool center, Moments* out, Unwritten<X>* beside) {
     if (contiguous<X>(x, lanes)) {
-        k.direct.moments_along(in(x), origin, rows, lanes, leaf, leaves, center, out);
+        if (beside) {
+            k.direct.moments_beside(in(x), origin, rows, lanes, leaf, leaves, center, out, *beside);
+        } else {
+            k.direct.moments_along(in(x), origin, rows, lanes, leaf, leaves, center, out);
+        }
         return;
     }
     Compute<X> px[kLeafLanes];
@@ -252,20 +256,43 @@ void moments_along(const KernelPair<X>& k, Strided x, In origin, index_t rows, i
 }
 
 template <class X>
+bool to_write_beside(const ApplyTo<X>& tile, Unwritten<X>* out) {
+    using T = Compute<X>;
+    if (tile.s.scale || tile.s.lane || !contiguous<X>(tile.x, tile.lanes) || !contiguous<X>(tile.y, tile.lanes) ||
+        !per_row<T>(tile.w, tile.lanes) || !per_row<T>(tile.b, tile.lanes)) {
+        return false;
+    }
+    *out = {in(tile.x), out_of(tile.y), in(tile.w), in(tile.b), tile.s, tile.rows, tile.lanes, tile.stream};
+    return true;
+}
+
+template <class X>
+void write_rest(const KernelPair<X>& k, Unwritten<X>* tile) {
+    const auto write = [&](index_t rows, index_t lane) {
+        const index_t r = tile->row, at = lane * index_t{sizeof(X)};
+        Statistics<Compute<X>> s = tile->s;
+        for (auto** p : {&s.hi, &s.lo, &s.rstd}) *p += r * s.row;
+        k.direct.apply_along[0]({tile->x.at(r) + at, tile->x.row}, {tile->y.at(r) + at, tile->y.row},
+                                {tile->w.at(r), tile->w.row}, {tile->b.at(r), tile->b.row}, s, rows, tile->lanes - lane,
+                                tile->stream);
+        tile->row += rows;
+    };
+    if (tile->lane > 0 && !tile->done()) write(1, tile->lane);
+    if (!tile->done()) write(tile->rows - tile->row, 0);
+}
+
+template <class X>
 bool forward_rows(const KernelPair<X>& k, const ApplyTo<X>& rows, In origin, bool center,
                   FinishRow<Compute<X>> finish) {
     using T = Compute<X>;
     if (!contiguous<X>(rows.x, rows.lanes) || !contiguous<X>(rows.y, rows.lanes)) return false;
-    Strided w = rows.w, b = rows.b;
+    const Strided &w = rows.w, &b = rows.b;
     const bool one_a_row = per_row<T>(w, rows.lanes) && per_row<T>(b, rows.lanes);
-    if (!one_a_row && rows.lanes <= kConstantLanes) {
-        // The absent one of the two as a vector of constants.
-        if (w.p == one<T>().p) w.lane = sizeof(T);
-        if (b.p == zero<T>().p) b.lane = sizeof(T);
-    }
-    if (!one_a_row && !(contiguous<T>(w, rows.lanes) && contiguous<T>(b, rows.lanes))) return false;
+    const bool no_w = w.p == one<T>().p, no_b = b.p == zero<T>().p;
+    if (!one_a_row && !((no_w || contiguous<T>(w, rows.lanes)) && (no_b || contiguous<T>(b, rows.lanes)))) return false;
     k.direct.forward_rows[!one_a_row](
-        {in(rows.x), out_of(rows.y), in(w), in(b), origin, rows.rows, rows.lanes, center, rows.stream}, finish);
+        {in(rows.x), out_of(rows.y), in(w), in(b), origin, rows.rows, rows.lanes, center, rows.stream, no_w, no_b},
+        finish);
     return true;
 }
 
@@ -304,7 +331,9 @@ template Strided zero<double>();
     template void sums_of_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,  \
                                   index_t, Sums*);                                                                     \
     template void moments_along<X>(const KernelPair<X>&, Strided, In, index_t, index_t, index_t, index_t, bool,        \
-                                   Moments*);                                                                          \
+                                   Moments*, Unwritten<X>*);                                                           \
+    template bool to_write_beside<X>(const ApplyTo<X>&, Unwritten<X>*);                                                \
+    template void write_rest<X>(const KernelPair<X>&, Unwritten<X>*);                                                  \
     template bool backward_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&, \
                                    index_t, index_t, double*, double*, bool,                                           \
                                    void (*)(const void*, index_t, const Sums&), const void*);                          \

@@ -79,10 +79,18 @@ template <class X>
 void sums_of_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const TileStatistics<Compute<X>>& s,
                   index_t leaves, index_t lanes, Sums* out);
 
-// `leaves` leaves of one shape, `leaf` bytes apart. Origin: as the kernel.
+// `leaves` leaves of one shape, `leaf` bytes apart. Origin: as the kernel. beside: a tile to be written meanwhile.
 template <class X>
 void moments_along(const KernelPair<X>& k, Strided x, In origin, index_t rows, index_t lanes, index_t leaf,
-                   index_t leaves, bool center, Moments* out);
+                   index_t leaves, bool center, Moments* out, Unwritten<X>* beside = nullptr);
+
+// A tile that kernels can write as it lies, with w and b one a row: to `out`. False where it is not like that.
+template <class X>
+bool to_write_beside(const ApplyTo<X>& tile, Unwritten<X>* out);
+
+// What is left of it.
+template <class X>
+void write_rest(const KernelPair<X>& k, Unwritten<X>* tile);
 
 // k.forward_rows on rows as they lie; `rows` without statistics. False, and nothing done, where the kernels can't.
 template <class X>
