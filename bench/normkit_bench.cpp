@@ -6,7 +6,7 @@
 // --break-check falsifies one of an output (y, mean, rstd, dx, dweight, dbias), to show that the comparison sees it.
 //
 // bytes_per_second counts the fewest bytes that the case has to move; `roofline` is that over the speed of a copy of
-// the same working set. The label says which path the call took.
+// the same working set, the median of ten turns of calls and copies. The label says which path the call took.
 
 #include <benchmark/benchmark.h>
 
@@ -20,7 +20,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <map>
 #include <memory>
 #include <new>
 #include <string>
@@ -364,68 +363,89 @@ class Problem {
 
 using Clock = std::chrono::steady_clock;
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+constexpr index_t kTurns = 10;  // of calls and copies
 
-// Bytes per second, read and written, of a copy between two arrays of `bytes` in all: the median of nine rounds of 5 ms
-// with the better kind of store.
-double copy_speed(index_t bytes) {
-    static std::map<std::pair<index_t, int>, double> known;
-    double& speed = known[{bytes, get_num_threads()}];
-    if (speed != 0) return speed;
-
-    const index_t n = bytes / 2 / index_t{sizeof(float)};
-    Array from("from", Dtype::float32, {n}), to("to", Dtype::float32, {n});
-    from.fill(5, 0);
-    const auto seconds_of_copy = [&](bool stream, int repeats) {
-        const Clock::time_point start = Clock::now();
-        for (int i = 0; i < repeats; ++i) copy(from.floats(), to.floats(), n, stream);
-        return seconds_since(start) / repeats;
-    };
-    seconds_of_copy(false, 1);  // the first touch of `to`
-    const int repeats = 1 + static_cast<int>(0.005 / seconds_of_copy(false, 1));
-    std::vector<double> rounds[2];
-    for (int round = 0; round < 9; ++round) {
-        for (const bool stream : {false, true}) rounds[stream].push_back(seconds_of_copy(stream, repeats));
-    }
-    for (std::vector<double>& seconds : rounds) {
-        std::nth_element(seconds.begin(), seconds.begin() + 4, seconds.end());
-        speed = std::max(speed, static_cast<double>(bytes) / seconds[4]);
-    }
-    return speed;
+// Seconds of a call, the mean of `repeats`.
+template <class F>
+double seconds_of(F call, index_t repeats) {
+    const Clock::time_point start = Clock::now();
+    for (index_t i = 0; i < repeats; ++i) call();
+    return std::chrono::duration<double>(Clock::now() - start).count() / static_cast<double>(repeats);
 }
+
+// A copy between two arrays of `bytes` in all, by the kind of store that is faster at the time.
+class Copy {
+  public:
+    explicit Copy(index_t bytes)
+        : n_(bytes / 2 / index_t{sizeof(float)}), from_("from", Dtype::float32, {n_}), to_("to", Dtype::float32, {n_}) {
+        from_.fill(5, 0);
+        once(false);  // the first touch of `to`
+        seconds_of_one_ = seconds_of([this] { once(false); }, 1);
+    }
+
+    // Of one copy, as `at_least` seconds of either kind tell.
+    double seconds(double at_least) {
+        const index_t repeats = 1 + static_cast<index_t>(at_least / seconds_of_one_);
+        const auto by = [=](bool stream) {
+            if (repeats > 1) once(stream);  // brings the arrays back into the caches, where they fit
+            return seconds_of([=] { once(stream); }, repeats);
+        };
+        return std::min(by(false), by(true));
+    }
+
+  private:
+    void once(bool stream) { copy(from_.floats(), to_.floats(), n_, stream); }
+
+    index_t n_;
+    Array from_, to_;
+    double seconds_of_one_;
+};
 
 std::string path_taken() {
     const Path& path = this_thread_last_path();
     return std::string(path.walk) + (path.split ? " split" : "") + (path.resident ? " resident" : "") +
-           (path.stream ? " stream" : "");
+           (path.stream ? " stream" : "") + (path.by_row ? " by_row" : "");
 }
 
 void run(benchmark::State& state, const std::string& name, const Case& c, Dtype dtype, int threads) {
     set_num_threads(threads);
     const index_t itemsize = size_of(dtype), bytes_of_x = Sets(c).size() * itemsize;
     const index_t fewest_bytes = c.passes_over_memory[itemsize / 4] * bytes_of_x;
-    const double copied = copy_speed((c.pass == Pass::backward ? 3 : 2) * bytes_of_x);
+    const index_t bytes_of_copy = (c.pass == Pass::backward ? 3 : 2) * bytes_of_x;
 
     // This function is called several times, with more iterations each time. What it works on is made and checked at
     // the first, and freed when another benchmark begins.
     static std::string current, fault;
     static std::unique_ptr<Problem> problem;
+    static std::unique_ptr<Copy> copied;
     if (current != name) {
         current = name;
         problem.reset();
+        copied.reset();
         problem = std::make_unique<Problem>(c, dtype);
         fault = problem->check();
+        copied = std::make_unique<Copy>(bytes_of_copy);
     }
     if (!fault.empty()) {
         any_failed = true;
         state.SkipWithError(fault.c_str());
         return;
     }
-    const Clock::time_point start = Clock::now();
-    for (auto _ : state) problem->call();
-    const double seconds = seconds_since(start);
+    // Calls and copies take turns, because the speed of memory drifts where others use it too.
+    const index_t turn = std::max<index_t>(1, static_cast<index_t>(state.max_iterations) / kTurns);
+    std::vector<double> rooflines;
+    while (state.KeepRunningBatch(turn)) {
+        const double seconds = seconds_of([] { problem->call(); }, turn);
+        state.PauseTiming();
+        const double at_least = std::min(0.003, seconds * static_cast<double>(turn) / 4);
+        rooflines.push_back(copied->seconds(at_least) / seconds);
+        if (turn > 1) problem->call();
+        state.ResumeTiming();
+    }
+    const auto median = rooflines.begin() + rooflines.size() / 2;
+    std::nth_element(rooflines.begin(), median, rooflines.end());
     state.SetBytesProcessed(state.iterations() * fewest_bytes);
-    state.counters["roofline"] = static_cast<double>(state.iterations() * fewest_bytes) / seconds / copied;
+    state.counters["roofline"] = *median * static_cast<double>(fewest_bytes) / static_cast<double>(bytes_of_copy);
     state.SetLabel(path_taken());
 }
 
