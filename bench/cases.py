@@ -85,11 +85,14 @@ def name(case: Case, which: str, dtype: str = "") -> str:
 
 
 def passes_over_memory(case: Case, which: str, itemsize: int, l2: int = L2) -> int:
-    """How many times as many bytes as x has must cross between memory and the cores, at least.
+    """How many times the bytes of x cross between memory and the cores, at least, where memory is walked as it lies.
 
     Forward reads x and writes y: 2. Backward reads x and dy and writes dx: 3. Both read their inputs a second time, 3
     and 5, where a unit (backward: x and dy of it) does not stay in cache until its statistics are known. What stays is
     what fits in half of L2; the other half is left to results and prefetching. Evaluation knows its statistics: 2.
+
+    Where sets lie interleaved (2-D batch norm; batch, instance and group norm in NHWC) this is no strict bound: whoever
+    goes down a few channels at a time, against the order of memory, has a smaller unit and may get by with 2 and 3.
 
     Not counted: weight, bias, statistics and the gradients of parameters, thousands of times smaller in most cases;
     and the reading of a cache line before an ordinary store, which non-temporal stores avoid.
@@ -100,7 +103,7 @@ def passes_over_memory(case: Case, which: str, itemsize: int, l2: int = L2) -> i
 
 
 def fewest_bytes(case: Case, which: str, itemsize: int, l2: int = L2) -> int:
-    """The bytes that a pass of a case has to move, at least; see `passes_over_memory` for how they are counted."""
+    """The bytes that a pass of a case has to move; see `passes_over_memory` for how, and what "fewest" means there."""
     return passes_over_memory(case, which, itemsize, l2) * case.size * itemsize
 
 
