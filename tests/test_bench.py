@@ -264,6 +264,21 @@ def test_bench_checks_before_it_times(monkeypatch):
         bench.main(["--threads", "1", "--seconds", "0.01", "--no-torch"])
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("layer_norm", lambda y: y[:1]),  # would broadcast
+        ("layer_norm_backward", lambda gradients: gradients[:2]),
+    ],
+)
+def test_bench_checks_counts_and_shapes(monkeypatch, name, wrong):
+    monkeypatch.setattr(bench, "CASES", SMALL[:1])
+    right = getattr(functional, name)
+    monkeypatch.setattr(functional, name, lambda *arguments: wrong(right(*arguments)))
+    with pytest.raises(ArithmeticError, match=r"layer_norm (for|back)ward of \(3, 8\): .* must have the same shapes"):
+        bench.main(["--threads", "1", "--seconds", "0.01", "--no-torch"])
+
+
 def test_cases_of_bench_fit_a_laptop():
     assert len(bench.CASES) >= 6
     assert max(math.prod(case.shape) for case in bench.CASES) * 4 <= 16 << 20

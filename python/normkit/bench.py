@@ -163,7 +163,14 @@ def check(results: dict[str, Any], what: str) -> None:
 
     expected = arrays(results["normkit"])
     for library, result in results.items():
-        for ours, theirs in zip(expected, arrays(result)):
+        got = arrays(result)
+        shapes, their_shapes = [array.shape for array in expected], [array.shape for array in got]
+        if shapes != their_shapes:
+            raise ArithmeticError(
+                f"{what}: results of normkit and {library} must have the same shapes, got {shapes} and {their_shapes}; "
+                "please report it, with what `python -m normkit` says"
+            )
+        for ours, theirs in zip(expected, got):
             largest, difference = float(np.abs(theirs).max()), float(np.abs(ours - theirs).max())
             if not difference <= TOLERANCE * largest:
                 raise ArithmeticError(
