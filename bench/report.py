@@ -72,6 +72,8 @@ def table(rows: Sequence[Row]) -> list[str]:
         best = best_peer(row)
         ours = f"{1e6 * row['seconds']['normkit']:10.1f}{row['bandwidth'] / 1e9:8.1f}{row['roofline']:10.2f}"
         last = f"  {best[1]:.2f} {best[0]}" if best else ""
+        if "normkit" in row["wrong"]:
+            last += "  NORMKIT IS WRONG"
         lines.append(f"{row['name']:42}{ours}{''.join(cells)}{last}")
     return lines
 

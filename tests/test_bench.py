@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import normkit
 from normkit import _core, bench, functional
 
 FOLDER = Path(__file__).parents[1] / "bench"
@@ -165,10 +166,37 @@ def test_compare_in_a_process_for_each_number_of_threads(modules, tmp_path):
 
 
 def test_compare_leaves_out_what_is_wrong(modules, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "apply", lambda x, *others: x)
+    contenders = modules["contenders"]
+    right = contenders.NumPy.prepare
+
+    def prepare(*arguments):
+        run = right(*arguments)
+        return contenders.InProcess(run.call, lambda y: [1.01 * run.read(y)[0]], run.mode)
+
+    monkeypatch.setattr(contenders.NumPy, "prepare", prepare)
     (row,) = compared(modules["compare"], tmp_path / "results.json", "--contenders", "numpy")
     assert row["wrong"] == ["NumPy"] and set(row["ratio"]) == {"copy"}
-    assert re.search(rf"^{TINY}.*\bwrong\b", capsys.readouterr().out, re.MULTILINE)
+    output = capsys.readouterr().out
+    assert re.search(rf"^{TINY}.*\bwrong\b", output, re.MULTILINE)
+
+
+def test_compare_sees_that_normkit_is_wrong(modules, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.json"
+    right = functional.batch_norm
+
+    def wrong(*arguments, **given):
+        y = right(*arguments, **given)
+        y[-1, -1, -1, -1] += 0.01 * np.abs(y).max()
+        return y
+
+    with monkeypatch.context() as patch:
+        patch.setattr(normkit, "batch_norm", wrong)
+        with pytest.raises(SystemExit, match=rf"normkit's own results are wrong.*: {TINY}$"):
+            compared(modules["compare"], path, "--contenders", "numpy")
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["wrong"] == ["normkit"] and "NumPy" in row["ratio"]
+    output = capsys.readouterr().out
+    assert re.search(rf"^{TINY}.*NORMKIT IS WRONG$", output, re.MULTILINE)
 
 
 def test_compare_leaves_out_what_fails(modules, benchdnn, tmp_path, capsys):
@@ -214,6 +242,21 @@ TINY_CASES = [
     ("in", "nchw", (2, 3, 4, 5, 6), 0),
     ("in", "nhwc", (2, 3, 4, 5, 6), 0),
 ]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("case", TINY_CASES, ids=str)
+def test_exact_results_piece_by_piece(modules, case, dtype, monkeypatch):
+    contenders, case = modules["contenders"], modules["cases"].Case(*case)
+    problem = contenders.Problem(case, dtype)
+    for which in case.passes:
+        whole = contenders.exact(problem, which)
+        with monkeypatch.context() as patch:
+            patch.setattr(contenders, "PIECE", 1)
+            pieces = contenders.exact(problem, which)
+        for a, b in zip(whole, pieces, strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 if dtype == "bfloat16" else 1e-13)
 
 
 @pytest.mark.parametrize("mode", ["call", "out"])
