@@ -123,6 +123,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds must be 1 or more, got {options.rounds}")
     nk, torch = load(options.import_first)
 
     def set_threads(n: int | None) -> None:

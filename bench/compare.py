@@ -15,6 +15,7 @@ import argparse
 import fnmatch
 import json
 import os
+import platform
 import shutil
 import statistics
 import subprocess
@@ -47,6 +48,7 @@ from contenders import (
     exact,
 )
 from normkit import _core
+from normkit import bench as plain
 from normkit.__main__ import report as environment
 
 ROUNDS = 7
@@ -70,6 +72,7 @@ PEERS: dict[str, Callable[[int], Contender]] = {
 }
 
 Seconds = dict[str, list[float]]  # of a call, by contender, a figure for each round
+Facts = dict[str, str]
 
 
 # ---- one row ---------------------------------------------------------------------------------------------------------
@@ -85,21 +88,6 @@ def agree(results: Sequence[Array], expected: Sequence[Array], dtype: str) -> bo
     return len(results) == len(expected) and all(
         result.shape == reference.shape and near(result, reference) for result, reference in zip(results, expected)
     )
-
-
-def copies(working_set: int) -> dict[str, Run]:
-    """Copies that read and write `working_set` bytes in all, by either kind of store."""
-    source = np.ones(working_set // 2 // 4, np.float32)
-    target = np.empty_like(source)
-    return {
-        kind: InProcess(partial(_core.copy, source, target, stream), lambda _: [target], "out")
-        for kind, stream in (("copy", False), ("copy past the caches", True))
-    }
-
-
-def ratio(times: Sequence[float], ours: Sequence[float]) -> float:
-    """The median of the rounds that both took part in."""
-    return statistics.median(time / our for time, our in zip(times, ours))
 
 
 def spread(times: Sequence[float]) -> float:
@@ -163,12 +151,13 @@ class Bench:
         case, dtype = problem.case, problem.dtype
         runs, wrong = self.ready(problem, which)
         working_set = (3 if which == "backward" else 2) * problem.x.nbytes
+        copies = {kind: InProcess(copy, lambda _: [], "out") for kind, copy in plain.copies(working_set).items()}
         others = Others()
-        seconds = self.measure({**runs, **copies(working_set)})
+        seconds = self.measure({**runs, **copies})
         seconds["copy"] = [min(pair) for pair in zip(seconds["copy"], seconds.pop("copy past the caches"))]
         ours = seconds["normkit"]
         bytes_moved = fewest_bytes(case, which, problem.x.itemsize)
-        ratios = {contender: ratio(times, ours) for contender, times in seconds.items() if contender != "normkit"}
+        ratios = {contender: plain.ratio(times, ours) for contender, times in seconds.items() if contender != "normkit"}
         return {
             "name": name(case, which, dtype),
             "threads": self.threads,
@@ -177,7 +166,7 @@ class Bench:
             "ratio": ratios,
             "bandwidth": bytes_moved / statistics.median(ours),
             "roofline": ratios["copy"] * bytes_moved / working_set,
-            "spread": spread(ours),
+            "spread": {contender: spread(seconds[contender]) for contender in ("normkit", "copy")},
             "others": others.cores(),
             "other_mode": [contender for contender, run in runs.items() if run.mode != self.options.mode],
             "wrong": wrong,
@@ -223,11 +212,28 @@ class Bench:
 class Results:
     """The rows measured so far, and the file that has them after each."""
 
-    def __init__(self, path: Path | None, resume: bool, machine: dict[str, str]) -> None:
-        self.path, self.machine = path, machine
-        self.rows: list[report.Row] = []
+    def __init__(self, path: Path | None, resume: bool, machine: Facts, versions: Facts) -> None:
+        self.path = path
+        self.file: report.File = {"machine": machine, "versions": versions, "rows": []}
         if path and resume and path.exists():
-            self.rows = json.loads(path.read_text())["rows"]
+            before = json.loads(path.read_text())
+            self.refuse_others(before["machine"] | before["versions"], machine | versions)
+            self.file["versions"] = before["versions"] | versions
+            self.file["rows"] = [row for row in before["rows"] if "normkit" not in row["wrong"]]  # measure those again
+
+    def refuse_others(self, then: Facts, now: Facts) -> None:
+        """Rows of two machines, or of two versions of a contender, must not stand in one table."""
+        differences = [f"{key} {then[key]}, now {now[key]}" for key in then if then[key] != now.get(key, then[key])]
+        if differences:
+            sys.exit(
+                f"--resume needs the machine and the versions of {self.path}: {'; '.join(differences)}; name "
+                "another file by --json, or begin this one anew without --resume"
+            )
+
+    @property
+    def rows(self) -> list[report.Row]:
+        rows: list[report.Row] = self.file["rows"]
+        return rows
 
     def has(self, row_name: str, threads: int, mode: str) -> bool:
         return any((row["name"], row["threads"], row["mode"]) == (row_name, threads, mode) for row in self.rows)
@@ -236,7 +242,7 @@ class Results:
         self.rows.append(row)
         if self.path:
             unfinished = self.path.with_name(self.path.name + ".part")
-            unfinished.write_text(json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n")
+            unfinished.write_text(json.dumps(self.file, indent=1) + "\n")
             unfinished.replace(self.path)
 
 
@@ -262,20 +268,34 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def caches() -> str:
+    """Sizes of the data caches of a core, from the first level on, where Linux tells."""
+    folders = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
+    return ", ".join(
+        (folder / "size").read_text().strip()
+        for folder in folders
+        if (folder / "type").read_text().strip() != "Instruction"
+    )
+
+
+def machine() -> Facts:
+    """What figures depend on and may be published: no paths, no names of hosts or kernels."""
+    return {
+        "CPU": dict(environment())["CPU"],
+        "cores": str(cores()),
+        "caches": caches() or "unknown",
+        "instruction set": _core.isa(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "Python": platform.python_version(),
+    }
+
+
 def sweep(options: argparse.Namespace, threads: int) -> None:
     """Measure the rows that are not in the file yet, on so many threads, and report."""
     bench = Bench(options, threads)
     versions = {contender.name: contender.version for contender in (bench.normkit, *bench.contenders)}
-    machine = {**dict(environment()), **versions}
-    machine["Python"] = machine["Python"].partition(",")[0]  # where it lies is nobody's business
-    machine.pop("OpenMP", None)
-    title = (
-        f"{machine['CPU']}, {cores()} cores, {_core.isa()}; "
-        f"{', '.join(f'{contender} {version}' for contender, version in versions.items())}; "
-        f"{'outputs given' if options.mode == 'out' else 'fresh outputs'}"
-    )
-    print(f"{title}; {threads} thread{'s' * (threads > 1)}", flush=True)
-    results = Results(options.json, options.resume, machine)
+    results = Results(options.json, options.resume, machine(), versions)
+    print(f"{report.title(results.file, options.mode)}; {report.in_words(threads)}", flush=True)
     todo = [row for row in wanted(options) if not results.has(name(*row), threads, options.mode)]
     problem: Problem | None = None
     with tqdm(todo, unit="row") as bar:
@@ -285,10 +305,9 @@ def sweep(options: argparse.Namespace, threads: int) -> None:
                 problem = None  # frees its arrays before the next one makes its own
                 problem = Problem(case, dtype)
             results.add(bench.row(problem, which))
-    rows = [row for row in results.rows if row["mode"] == options.mode]
     if options.plot:
-        report.plot(rows, title, options.plot)
-    rows = [row for row in rows if row["threads"] == threads]
+        report.plot(results.file, options.mode, options.plot)
+    rows = report.chosen(results.file, options.mode, threads)
     print(report.text(rows))
     if wrong := [row["name"] for row in rows if "normkit" in row["wrong"]]:
         sys.exit(f"normkit's own results are wrong, so none of this counts: {', '.join(wrong)}")
@@ -327,14 +346,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--contenders", type=peers, default=list(PEERS), help=f"peers, if installed; default: {','.join(PEERS)}")
     add("--benchdnn", metavar="PATH", help="oneDNN's benchmark: makes oneDNN a contender")
     add("--loose", metavar="PATH", help="a _core built without the contracts")
-    add("--rounds", type=int, help=f"default: {ROUNDS}")
+    add("--rounds", type=int, help=f"default: {ROUNDS}, with --quick {FEWEST_ROUNDS}")
     add("--quick", action="store_true", help=f"three short rounds; no array of more than {QUICK_ELEMENTS:,} elements")
     add("--json", type=Path, metavar="FILE", help="write the figures there, after each row")
     add("--resume", action="store_true", help="keep the rows that --json has already, measure those it lacks")
     add("--plot", metavar="FILE", help="draw ratios and rooflines of all rows (needs matplotlib)")
     options = parser.parse_args(arguments)
     options.dtype = options.dtype or ["float32", "bfloat16", "float16"]
-    options.rounds = options.rounds or (FEWEST_ROUNDS if options.quick else ROUNDS)
+    if options.rounds is None:
+        options.rounds = FEWEST_ROUNDS if options.quick else ROUNDS
+    if options.rounds < 1:
+        parser.error(f"--rounds must be 1 or more, got {options.rounds}")
+    if min(options.threads) < 1:
+        parser.error(f"--threads must be 1 or more, got {min(options.threads)}")
     options.round_seconds = ROUND_SECONDS / 4 if options.quick else ROUND_SECONDS
     if options.benchdnn and not shutil.which(options.benchdnn):
         parser.error(f"--benchdnn must name a program, got {options.benchdnn!r}")

@@ -1,24 +1,53 @@
 """Tables and the picture of what compare.py measured.
 
-A row is a dict: name, threads, mode, seconds and ratio by contender, bandwidth, roofline, spread of the rounds, cores
-that other processes took, the contenders that ran in the other mode, those whose results were wrong. A ratio is a
+    python bench/report.py FILE [--mode out] [--markdown] [--plot FILE]
+
+FILE is what compare.py --json wrote: the machine, the versions of the contenders, and the rows. A row is a dict: name,
+threads, mode, seconds and ratio by contender, bandwidth, roofline, spread of the rounds (of normkit and of the copy),
+cores that other processes took, the contenders that ran in the other mode, those whose results were wrong. A ratio is a
 contender's time over normkit's.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cases import DTYPES, NORMS
 
 Row = dict[str, Any]
+File = dict[str, Any]  # machine, versions, rows
 
 YARDSTICKS = ("normkit", "loose", "copy")  # all others are peers
 BEHIND = 0.97  # a ratio below is no noise
+SUMMARY = ("group", "cases", "torch, mean", "worst", "best peer, mean", "worst", "behind", "roofline")
 COLORS = {"beside torch": "#2a6f97", "beside the best peer": "#e07a5f", "share of the copy speed": "#52796f"}
+
+
+def chosen(file: File, mode: str, threads: int) -> list[Row]:
+    return [row for row in file["rows"] if (row["mode"], row["threads"]) == (mode, threads)]
+
+
+def thread_counts(file: File, mode: str) -> list[int]:
+    return sorted({row["threads"] for row in file["rows"] if row["mode"] == mode})
+
+
+def title(file: File, mode: str) -> str:
+    machine = file["machine"]
+    return (
+        f"{machine['CPU']}, {machine['cores']} cores, {machine['instruction set']}; "
+        f"{', '.join(f'{contender} {version}' for contender, version in file['versions'].items())}; "
+        f"{'outputs given' if mode == 'out' else 'fresh outputs'}"
+    )
+
+
+def in_words(threads: int) -> str:
+    return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 def peers(row: Row) -> dict[str, float]:
@@ -62,7 +91,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     names = list(dict.fromkeys(name for row in rows for name in (*peers(row), *row["wrong"])))
     columns = [name for name in names if name not in YARDSTICKS]
     loose = any("loose" in row["ratio"] for row in rows)
-    head = f"{'case':42}{'µs':>10}{'GB/s':>8}{'roofline':>10}"
+    head = f"{'case':42}{'µs':>10}{'GB/s':>8}{'roofline':>10}{'copy ±':>8}"
     lines = [head + "".join(f"{name:>15}" for name in columns) + ("      contracts" if loose else "") + "  best peer"]
     for row in sorted(rows, key=lambda row: (best_peer(row) or ("", math.inf))[1]):
         cells = [f"{cell(row, name):>15}" for name in columns]
@@ -70,7 +99,10 @@ def table(rows: Sequence[Row]) -> list[str]:
             contracts = f"{100 / row['ratio']['loose'] - 100:+.0f}%" if "loose" in row["ratio"] else ""
             cells.append(f"{contracts:>15}")
         best = best_peer(row)
-        ours = f"{1e6 * row['seconds']['normkit']:10.1f}{row['bandwidth'] / 1e9:8.1f}{row['roofline']:10.2f}"
+        ours = (
+            f"{1e6 * row['seconds']['normkit']:10.1f}{row['bandwidth'] / 1e9:8.1f}{row['roofline']:10.2f}"
+            f"{row['spread']['copy']:8.1%}"
+        )
         last = f"  {best[1]:.2f} {best[0]}" if best else ""
         if "normkit" in row["wrong"]:
             last += "  NORMKIT IS WRONG"
@@ -86,21 +118,16 @@ def cell(row: Row, name: str) -> str:
     return f"{row['ratio'][name]:.2f}" + ("*" if name in row["other_mode"] else " ")
 
 
-def summary(rows: Sequence[Row]) -> list[str]:
-    """Geometric means and worst cases by group."""
-    lines = [
-        f"{'':24}{'':>8}{'beside torch':>20}{'beside the best peer':>26}{'':>10}",
-        f"{'group':24}{'cases':>8}{'mean':>10}{'worst':>10}{'mean':>16}{'worst':>10}{'behind':>10}{'roofline':>10}",
-    ]
-    for group, members in grouped(rows).items():
+def summary(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Under the names of `SUMMARY`: geometric means and worst cases by group, and of all."""
+    lines: list[tuple[str, ...]] = []
+    for group, members in (*grouped(rows).items(), ("all", rows)):
         torch = [row["ratio"]["torch"] for row in members if "torch" in row["ratio"]]
         best = [peer[1] for row in members if (peer := best_peer(row))]
-        behind = sum(ratio < BEHIND for ratio in best)
-        roofline = statistics.geometric_mean(row["roofline"] for row in members)
-        lines.append(
-            f"{group:24}{len(members):8}{mean(torch):>10}{worst(torch):>10}{mean(best):>16}{worst(best):>10}{behind:10}"
-            f"{roofline:10.2f}"
-        )
+        roofline = [row["roofline"] for row in members]
+        behind = str(sum(ratio < BEHIND for ratio in best))
+        cells = (mean(torch), worst(torch), mean(best), worst(best), behind, mean(roofline))
+        lines.append((group, str(len(members)), *cells))
     return lines
 
 
@@ -112,40 +139,50 @@ def worst(ratios: Sequence[float]) -> str:
     return f"{min(ratios):.2f}" if ratios else "-"
 
 
-def behind(rows: Sequence[Row]) -> list[str]:
-    found = [(peer[1], row["name"], peer[0]) for row in rows if (peer := best_peer(row)) and peer[1] < BEHIND]
-    return [f"  {ratio:.2f}  {name}  {peer}" for ratio, name, peer in sorted(found)] or ["  none"]
+def lists(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    """What is behind and what is wrong: a heading, and a line for each."""
+    slower = sorted((peer[1], row["name"], peer[0]) for row in rows if (peer := best_peer(row)) and peer[1] < BEHIND)
+    return [
+        (f"behind the best peer (below {BEHIND})", [f"{ratio:.2f}  {name}  {peer}" for ratio, name, peer in slower]),
+        ("wrong results", [f"{row['name']}  {contender}" for row in rows for contender in row["wrong"]]),
+    ]
 
 
 def noise(rows: Sequence[Row]) -> str:
-    spread = statistics.median(row["spread"] for row in rows)
+    ours, copy = (statistics.median(row["spread"][name] for row in rows) for name in ("normkit", "copy"))
     others = [row["others"] for row in rows]
     return (
-        f"noise: half of the rounds within {spread:.1%} of their row's median; other processes took "
+        f"noise: half of the rounds within {ours:.1%} of their row's median, those of the copy within {copy:.1%} "
+        f"({max(row['spread']['copy'] for row in rows):.1%} in the worst row); other processes took "
         f"{statistics.median(others):.2f} cores in the median row, {max(others):.2f} in the worst"
     )
 
 
 def text(rows: Sequence[Row]) -> str:
-    return "\n".join(
-        [
-            "time of the others over normkit's; *: not in this mode",
-            *table(rows),
-            "",
-            *summary(rows),
-            "",
-            f"behind the best peer (below {BEHIND}):",
-            *behind(rows),
-            "",
-            noise(rows),
-        ]
-    )
+    lines = ["time of the others over normkit's; *: not in this mode", *table(rows), ""]
+    lines += [f"{group:24}" + "".join(f"{cell:>17}" for cell in cells) for group, *cells in (SUMMARY, *summary(rows))]
+    for heading, members in lists(rows):
+        lines += ["", f"{heading}: {len(members)}", *(f"  {member}" for member in members)]
+    return "\n".join([*lines, "", noise(rows)])
+
+
+def markdown(file: File, mode: str) -> str:
+    """The figures of bench/README.md."""
+    lines = [title(file, mode)]
+    for threads in thread_counts(file, mode):
+        rows = chosen(file, mode, threads)
+        lines += ["", f"### {in_words(threads)}", ""]
+        lines += [f"| {' | '.join(cells)} |" for cells in (SUMMARY, ["---"] * len(SUMMARY), *summary(rows))]
+        for heading, members in lists(rows):
+            lines += ["", f"{heading}: {len(members)}", "", *(f"    {member}" for member in members)]
+        lines += ["", noise(rows)]
+    return "\n".join(lines)
 
 
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
 
-def plot(rows: Sequence[Row], title: str, path: str) -> None:
+def plot(file: File, mode: str, path: str) -> None:
     """A strip for each group, a dot for each case: ratios on the left, share of the copy speed on the right."""
     import matplotlib
 
@@ -153,17 +190,17 @@ def plot(rows: Sequence[Row], title: str, path: str) -> None:
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
-    counts = sorted({row["threads"] for row in rows})
-    groups = list(grouped(rows))
+    counts = thread_counts(file, mode)
+    groups = list(grouped(row for row in file["rows"] if row["mode"] == mode))
     size = (12, 1.2 + len(counts) * (0.7 + 0.25 * len(groups)))
     figure, axes = pyplot.subplots(
         len(counts), 2, figsize=size, sharex="col", sharey=True, squeeze=False, layout="constrained"
     )
     for (left, right), threads in zip(axes, counts):
-        members = grouped(row for row in rows if row["threads"] == threads)
+        members = grouped(chosen(file, mode, threads))
         for height, group in enumerate(groups):
             strips(left, right, height, members.get(group, []))
-        left.set(title=f"{threads} thread{'s' if threads > 1 else ''}", yticks=range(len(groups)), yticklabels=groups)
+        left.set(title=in_words(threads), yticks=range(len(groups)), yticklabels=groups)
         for axis in (left, right):
             axis.axvline(1, color="black", linewidth=0.8)
             axis.grid(linewidth=0.3)
@@ -174,7 +211,7 @@ def plot(rows: Sequence[Row], title: str, path: str) -> None:
     left.set_xlabel("time of the peer / time of normkit; bar: geometric mean")
     right.set_xlabel("fewest bytes / time, over the speed of a copy")
     right.set_xlim(left=0)
-    figure.suptitle(title.replace("; ", "\n"), fontsize="medium")
+    figure.suptitle(title(file, mode).replace("; ", "\n"), fontsize="medium")
     handles = [Line2D([], [], marker="o", linestyle="", color=COLORS[name], label=name) for name in COLORS]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(COLORS))
     figure.savefig(path, dpi=110)
@@ -194,3 +231,27 @@ def strips(left: Any, right: Any, height: float, rows: Sequence[Row]) -> None:
         if values:
             mean = statistics.geometric_mean(values)
             axis.plot([mean] * 2, [height + shift - 0.17, height + shift + 0.17], linewidth=2, color=COLORS[label])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="what compare.py --json wrote")
+    parser.add_argument("--mode", choices=("call", "out"), default="call", help="of the rows to show (default: call)")
+    parser.add_argument("--markdown", action="store_true", help="print the figures as bench/README.md has them")
+    parser.add_argument("--plot", metavar="FILE", help="draw ratios and rooflines (needs matplotlib)")
+    options = parser.parse_args()
+    file, mode = json.loads(options.file.read_text()), options.mode
+    counts = thread_counts(file, mode)
+    if not counts:
+        parser.error(f"{options.file} must have rows of mode {mode}, and has none")
+    if options.plot:
+        plot(file, mode, options.plot)
+    if options.markdown:
+        print(markdown(file, mode))
+    else:
+        for threads in counts:
+            print(f"{title(file, mode)}; {in_words(threads)}\n{text(chosen(file, mode, threads))}\n")
+
+
+if __name__ == "__main__":
+    main()

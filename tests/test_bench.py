@@ -143,7 +143,7 @@ def test_compare(modules, benchdnn, tmp_path, capsys):
     assert set(row["seconds"]) == {"normkit", "NumPy", "oneDNN", "copy"}
     assert row["seconds"]["oneDNN"] == 0.25e-3
     assert row["other_mode"] == ["oneDNN"]
-    assert row["others"] >= 0 <= row["spread"]
+    assert row["others"] >= 0 and set(row["spread"]) == {"normkit", "copy"} and min(row["spread"].values()) >= 0
     for contender, ratio in row["ratio"].items():
         assert ratio == pytest.approx(row["seconds"][contender] / row["seconds"]["normkit"])
     size = 12 * 4 * 8 * 8 * 4
@@ -152,6 +152,7 @@ def test_compare(modules, benchdnn, tmp_path, capsys):
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     output = capsys.readouterr().out
     assert TINY in output and f"{row['ratio']['oneDNN']:.2f}*" in output and "BN forward NCHW" in output
+    assert "wrong results: 0" in output
 
     (row_again,) = compared(modules["compare"], path, *arguments, "--resume")
     assert row_again == row
@@ -177,7 +178,7 @@ def test_compare_leaves_out_what_is_wrong(modules, tmp_path, monkeypatch, capsys
     (row,) = compared(modules["compare"], tmp_path / "results.json", "--contenders", "numpy")
     assert row["wrong"] == ["NumPy"] and set(row["ratio"]) == {"copy"}
     output = capsys.readouterr().out
-    assert re.search(rf"^{TINY}.*\bwrong\b", output, re.MULTILINE)
+    assert re.search(rf"^{TINY}.*\bwrong\b", output, re.MULTILINE) and "wrong results: 1" in output
 
 
 def test_compare_sees_that_normkit_is_wrong(modules, tmp_path, monkeypatch, capsys):
@@ -196,7 +197,43 @@ def test_compare_sees_that_normkit_is_wrong(modules, tmp_path, monkeypatch, caps
     (row,) = json.loads(path.read_text())["rows"]
     assert row["wrong"] == ["normkit"] and "NumPy" in row["ratio"]
     output = capsys.readouterr().out
-    assert re.search(rf"^{TINY}.*NORMKIT IS WRONG$", output, re.MULTILINE)
+    assert re.search(rf"^{TINY}.*NORMKIT IS WRONG$", output, re.MULTILINE) and "wrong results: 1" in output
+
+    (row,) = compared(modules["compare"], path, "--contenders", "numpy", "--resume")
+    assert row["wrong"] == []
+
+
+@pytest.mark.parametrize(("what", "name"), [("machine", "CPU"), ("machine", "instruction set"), ("versions", "NumPy")])
+def test_compare_resumes_only_what_compares(modules, tmp_path, what, name):
+    path = tmp_path / "results.json"
+    compared(modules["compare"], path, "--contenders", "numpy")
+    file = json.loads(path.read_text())
+    assert list(file["machine"]) == ["CPU", "cores", "caches", "instruction set", "system", "Python"]
+    assert file["versions"] == {"normkit": normkit.__version__, "NumPy": np.__version__}
+    now, file[what][name] = file[what][name], "another"
+    before = json.dumps(file)
+    path.write_text(before)
+    with pytest.raises(SystemExit, match=f"{name} another, now {re.escape(now)}; name another file by --json"):
+        compared(modules["compare"], path, "--contenders", "numpy", "--resume")
+    assert path.read_text() == before
+
+
+def test_report_as_markdown(modules, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.json"
+    compared(modules["compare"], path, "--contenders", "numpy")
+    file = json.loads(path.read_text())
+    (row,) = file["rows"]
+    row["ratio"]["NumPy"] = 0.5
+    file["rows"].append(row | {"threads": 2, "wrong": ["torch"]})
+    path.write_text(json.dumps(file))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["report.py", str(path), "--markdown"])
+    modules["report"].main()
+    one, two = capsys.readouterr().out.split("### 2 threads")
+    group = f"| BN forward NCHW | 1 | - | - | 0.50 | 0.50 | 1 | {row['roofline']:.2f} |"
+    assert group in one and group in two
+    assert f"    0.50  {TINY}  NumPy\n" in one
+    assert "wrong results: 0\n" in one and f"wrong results: 1\n\n    {TINY}  torch\n" in two
 
 
 def test_compare_leaves_out_what_fails(modules, benchdnn, tmp_path, capsys):
@@ -221,6 +258,14 @@ def test_compare_says_what_there_is(modules, arguments, capsys):
     with pytest.raises(SystemExit):
         modules["compare"].main(arguments)
     assert re.search(r"must (match|be of|name) .+, got '?no such", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--threads"])
+@pytest.mark.parametrize("number", [0, -3])
+def test_compare_needs_a_round_and_a_thread(modules, option, number, capsys):
+    with pytest.raises(SystemExit):
+        modules["compare"].main([f"{option}={number}"])
+    assert f"{option} must be 1 or more, got {number}" in capsys.readouterr().err
 
 
 @pytest.fixture
