@@ -209,7 +209,7 @@ class SetTiles {
             const index_t rows = (near ? kShortRows : kPieceBytes) / run, most = kPieceBytes / set;
             const index_t wanted = !near || rows < most ? rows : most;
             if (wanted > n) n = wanted;
-            while (n & (n - 1)) n &= n - 1;
+            while (n & (n - 1)) n &= n - 1;  // whole rows of sets_in_row
         }
         return n < 1 ? 1 : n > kSetsAtOnce ? kSetsAtOnce : n;
     }
