@@ -383,7 +383,7 @@ class ColumnsBackward {
                 parameters_[p] += {part(i, 0)[l], part(i, 0)[most + l]};
             }
         }
-        write_parameters(call_, parameters_.get());
+        write_parameters(call_, 0, call_.parameters, parameters_.get());
     }
 
   private:

@@ -39,7 +39,7 @@ void sum_parameters(const Plan& plan, const BackwardCall& call, int threads) {
                 }
             }
         }
-        write_parameter(call, parameter[kGradient], sums);
+        write_parameters(call, parameter[kGradient], 1, &sums);
     });
 }
 

@@ -60,6 +60,15 @@ class LeafReader {
         return {reinterpret_cast<const char*>(buffer), leaf.lanes * index_t{sizeof(E)}, sizeof(E), kDtype<E>};
     }
 
+    // Whether the elements of a whole leaf are the same wherever it begins in a run.
+    bool repeats() const {
+        if (runs_.size() != 1 || run_.n < 2 || kLeafLanes % run_.inner().extent != 0) return false;
+        for (int i = 0; i + 1 < run_.n; ++i) {
+            if (run_.axis[i].stride[operand_] != 0) return false;
+        }
+        return true;
+    }
+
     // Whether every run is evenly spaced in memory.
     bool direct() const { return run_.n == 1; }
     bool one_row() const { return run_.n == 1 && runs_.size() == 1; }
@@ -637,6 +646,7 @@ class RowsBackward {
           read_dy_(runs_, run_, kDy, call.dtype),
           read_x_(runs_, run_, kX, call.dtype),
           read_w_(runs_, run_, kWeight, call.weight_dtype),
+          weights_repeat_(read_w_.repeats()),
           set_is_row_(read_dy_.one_row() && read_x_.one_row() && read_w_.one_row()),
           leaf_is_set_(leaves_.count() == 1 && set_is_row_),
           elements_(collapse(joined(plan.runs, plan.run), kBackwardOperands)),
@@ -661,14 +671,21 @@ class RowsBackward {
     }
 
     // Sums over leaf l of cell `at`, of dy in cells (their weight comes later), of g = w * dy elsewhere.
-    Sums leaf(const Offsets& at, index_t l, const TileStatistics<T>& s) const {
+    // `weights`: those of the leaf before.
+    struct LeafWeights {
+        T buffer[kLeafLanes];
+        Strided w = one<T>();
+        index_t lanes = 0;
+    };
+    Sums leaf(const Offsets& at, index_t l, const TileStatistics<T>& s, LeafWeights* weights) const {
         X dy[kLeafLanes], x[kLeafLanes];
-        T w[kLeafLanes];
         const Leaves::Leaf piece = leaves_[l];
-        const bool weighted = cells_.by_element && call_.weight;
-        return sums_along(k_, read_dy_(call_.dy + at[kDy], piece, dy), read_x_(call_.x + at[kX], piece, x),
-                          weighted ? read_w_(call_.weight + at[kWeight], piece, w) : one<T>(), s, piece.rows,
-                          piece.lanes);
+        if (cells_.by_element && call_.weight && !(weights_repeat_ && piece.lanes <= weights->lanes)) {
+            weights->w = read_w_(call_.weight + at[kWeight], piece, weights->buffer);
+            weights->lanes = piece.lanes;
+        }
+        return sums_along(k_, read_dy_(call_.dy + at[kDy], piece, dy), read_x_(call_.x + at[kX], piece, x), weights->w,
+                          s, piece.rows, piece.lanes);
     }
 
     // From the sums of a set's cells (of all leaves of it, where by element) to what dx needs.
@@ -719,8 +736,9 @@ class RowsBackward {
     Sums cell(index_t set, index_t c) const {
         const TileStatistics<T> s = statistics_.tile(set, 0, 0, 1);
         const Offsets at = plan_.kept.offsets(set) + index_.offsets(c);
-        Sums sums = leaf(at, 0, s);
-        for (index_t l = 1; l < leaves_.count(); ++l) sums += leaf(at, l, s);
+        LeafWeights weights;
+        Sums sums = leaf(at, 0, s, &weights);
+        for (index_t l = 1; l < leaves_.count(); ++l) sums += leaf(at, l, s, &weights);
         return sums;
     }
 
@@ -753,7 +771,7 @@ class RowsBackward {
                 parameters[at + cell_offset(kGradient, c)] += sums[set * per_set + c];
             }
         }
-        write_parameters(call_, parameters.get());
+        write_parameters(call_, 0, call_.parameters, parameters.get());
     }
 
     // All leaves of all cells, then the sets' means; then dx, tile by tile.
@@ -777,8 +795,9 @@ class RowsBackward {
             const index_t set = i / pieces, piece = i % pieces;
             const TileStatistics<T> s = statistics_.tile(set, 0, 0, 1);
             const Offsets at = plan_.kept.offsets(set);
+            LeafWeights weights;
             for (index_t l = all * piece / pieces; l < all * (piece + 1) / pieces; ++l) {
-                parts[set * all + l] = leaf(at + index_.offsets(l / leaves), l % leaves, s);
+                parts[set * all + l] = leaf(at + index_.offsets(l / leaves), l % leaves, s, &weights);
             }
         });
         for (index_t set = 0; set < plan_.sets; ++set) {
@@ -1011,7 +1030,7 @@ class RowsBackward {
     const Leaves leaves_;
     const LeafReader<X> read_dy_, read_x_;
     const LeafReader<T> read_w_;
-    const bool set_is_row_, leaf_is_set_;
+    const bool weights_repeat_, set_is_row_, leaf_is_set_;
     const Nest elements_;
     const bool leaf_is_cell_;
     const SetTiles tiles_;

@@ -97,8 +97,9 @@ void write_dx(const KernelPair<X>& k, const BackwardCall& call, const Offsets& a
     }
 }
 
-// n numbers to an array (null: none), `stride` elements apart.
-inline void write_doubles(char* to, Dtype dtype, index_t first, index_t stride, index_t n, const double* v) {
+// n numbers, `step` apart, to an array (null: none), `stride` elements apart.
+inline void write_doubles(char* to, Dtype dtype, index_t first, index_t stride, index_t n, const double* v,
+                          index_t step = 1) {
     if (!to) return;
     with_dtype(dtype, [&](auto element) {
         using E = decltype(element);
@@ -108,28 +109,25 @@ inline void write_doubles(char* to, Dtype dtype, index_t first, index_t stride, 
             from_double(v[i], &value);
             std::memcpy(p + at * index_t{sizeof(E)}, &value, sizeof value);
         };
-        if (stride == 1) {
+        if (stride == 1 && step == 1) {
             for (index_t i = 0; i < n; ++i) write(i, i);
         } else {
-            for (index_t i = 0; i < n; ++i) write(i, i * stride);
+            for (index_t i = 0; i < n; ++i) write(i * step, i * stride);
         }
     });
 }
 
-// The gradient of parameter number p, to whichever of the caller's arrays there are.
-inline void write_parameter(const BackwardCall& call, index_t p, const Sums& sums) {
-    write_doubles(call.dweight, call.dweight_dtype, p, 1, 1, &sums.g_xhat);
-    write_doubles(call.dbias, call.dbias_dtype, p, 1, 1, &sums.g);
+// The gradients of parameters first, first + 1, ..., to whichever of the caller's arrays there are.
+inline void write_parameters(const BackwardCall& call, index_t first, index_t n, const Sums* sums) {
+    constexpr index_t kStep = sizeof(Sums) / sizeof(double);
+    write_doubles(call.dweight, call.dweight_dtype, first, 1, n, &sums->g_xhat, kStep);
+    write_doubles(call.dbias, call.dbias_dtype, first, 1, n, &sums->g, kStep);
 }
 
 inline Buffer<Sums> zeroed_sums(const BackwardCall& call) {
     Buffer<Sums> sums(call.parameters);
     for (index_t p = 0; p < call.parameters; ++p) sums[p] = {};
     return sums;
-}
-
-inline void write_parameters(const BackwardCall& call, const Sums* sums) {
-    for (index_t p = 0; p < call.parameters; ++p) write_parameter(call, p, sums[p]);
 }
 
 // The gradients of the parameters where neither walk comes by them on its way (axes that carry parameters lie outside
