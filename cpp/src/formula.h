@@ -1,4 +1,5 @@
-// The formula, once: from moments to what a kernel needs to know of a set. Plain scalar code, fit for any backend.
+// The formula, once: from moments to what a kernel needs to know of a set. Plain scalar code, for every backend: host
+// and device compile the same lines.
 #pragma once
 
 #include <cmath>
@@ -8,14 +9,14 @@
 
 namespace normkit {
 
-inline double rstd_of(const Moments& m, double eps) { return 1 / std::sqrt(m.M2 / m.count + eps); }
+NORMKIT_HOST_DEVICE inline double rstd_of(const Moments& m, double eps) { return 1 / std::sqrt(m.M2 / m.count + eps); }
 
 // Whether moments whose squares were taken in T can't be trusted: sums that overflowed (or met NaN or infinity), or
 // squares so small that T has lost them (2^-126 is the least normal float, 2^-26 of the variance the contract's last
 // digit). Then the set is done again in double, scaled (moments_in_double). eps counts, because beside it a lost square
 // does no harm.
 template <class T>
-bool is_doubtful(const Moments& m, double eps) {
+NORMKIT_HOST_DEVICE bool is_doubtful(const Moments& m, double eps) {
     constexpr double kLost = sizeof(T) == 4 ? 0x1p-100 : 0x1p-960;
     return !(std::isfinite(m.mean) && std::isfinite(m.M2) && m.M2 + eps * m.count >= kLost * m.count);
 }
@@ -27,13 +28,13 @@ struct Statistic {
 };
 
 // About zero, from a mean about `origin`: the sum of the two and what its rounding lost (Knuth's TwoSum).
-inline Statistic statistic_from(const Moments& m, double origin, double eps) {
+NORMKIT_HOST_DEVICE inline Statistic statistic_from(const Moments& m, double origin, double eps) {
     const double mean = origin + m.mean, rounded = mean - origin;
     return {mean, (origin - (mean - rounded)) + (m.mean - rounded), rstd_of(m, eps)};
 }
 
 // sqrt(a^2 + b^2) without leaving the range; not std::hypot, whose last bit is the library's.
-inline double root_of_squares(double a, double b) {
+NORMKIT_HOST_DEVICE inline double root_of_squares(double a, double b) {
     const double larger = a > b ? a : b;
     if (!(larger > 0) || !std::isfinite(larger)) return std::sqrt(a * a + b * b);
     const int exponent = std::ilogb(larger);
@@ -43,7 +44,7 @@ inline double root_of_squares(double a, double b) {
 }
 
 // The same from the moments of x * scale, a power of two, whatever the magnitude of x.
-inline Statistic statistic_from(const Moments& m, double origin, double scale, double eps) {
+NORMKIT_HOST_DEVICE inline Statistic statistic_from(const Moments& m, double origin, double scale, double eps) {
     Statistic s = statistic_from(m, origin, 0);
     s.mean /= scale;
     s.mean_lo /= scale;
@@ -59,7 +60,7 @@ struct Split {
 };
 
 template <class T>
-Split<T> split(const Statistic& s) {
+NORMKIT_HOST_DEVICE Split<T> split(const Statistic& s) {
     constexpr int kMost = std::numeric_limits<T>::max_exponent - 2;  // of a normal power of two and its inverse
     constexpr double kFar = sizeof(T) == 4 ? 0x1p60 : 0x1p500;
     const double rstd = s.rstd;

@@ -1,6 +1,8 @@
 // Moments {count, mean, M2} of a set of numbers: the monoid on which every reduction of normkit rests.
 #pragma once
 
+#include "normkit/host_device.h"
+
 namespace normkit {
 
 struct Moments {
@@ -11,7 +13,7 @@ struct Moments {
     // The moments of the union of two disjoint sets: Chan, Golub, LeVeque, "Updating formulae and a pairwise
     // algorithm for computing sample variances" (1979), eq. 2.1. Exact for constant sets: delta is then 0.
     // An empty set is neutral on either side.
-    void merge(const Moments& other) {
+    NORMKIT_HOST_DEVICE void merge(const Moments& other) {
         if (other.count == 0) return;
         if (count == 0) {
             *this = other;
@@ -26,7 +28,9 @@ struct Moments {
     }
 
     // Divides by count - ddof. NaN where that is not positive.
-    double var(double ddof = 0) const { return count > ddof ? M2 / (count - ddof) : __builtin_nan(""); }
+    NORMKIT_HOST_DEVICE double var(double ddof = 0) const {
+        return count > ddof ? M2 / (count - ddof) : __builtin_nan("");
+    }
 };
 
 }  // namespace normkit
