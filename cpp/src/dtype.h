@@ -79,7 +79,7 @@ inline void from_double(double v, float* out) { *out = static_cast<float>(v); }
 
 // A double is taken to 16 bits at once, not by way of a float: two roundings are not one.
 template <int kFraction, int kLeastExponent, int kMostExponent>
-std::uint16_t rounded_to_16_bits(double v) {
+NORMKIT_HOST_DEVICE std::uint16_t rounded_to_16_bits(double v) {
     std::uint64_t bits;
     std::memcpy(&bits, &v, sizeof bits);
     const std::uint16_t sign = static_cast<std::uint16_t>(bits >> 48 & 0x8000);
