@@ -9,7 +9,7 @@
 
 namespace normkit {
 
-NORMKIT_HOST_DEVICE inline double rstd_of(const Moments& m, double eps) { return 1 / std::sqrt(m.M2 / m.count + eps); }
+NORMKIT_HOST_DEVICE double rstd_of(const Moments& m, double eps) { return 1 / std::sqrt(m.M2 / m.count + eps); }
 
 // Whether moments whose squares were taken in T can't be trusted: sums that overflowed (or met NaN or infinity), or
 // squares so small that T has lost them (2^-126 is the least normal float, 2^-26 of the variance the contract's last
@@ -28,13 +28,13 @@ struct Statistic {
 };
 
 // About zero, from a mean about `origin`: the sum of the two and what its rounding lost (Knuth's TwoSum).
-NORMKIT_HOST_DEVICE inline Statistic statistic_from(const Moments& m, double origin, double eps) {
+NORMKIT_HOST_DEVICE Statistic statistic_from(const Moments& m, double origin, double eps) {
     const double mean = origin + m.mean, rounded = mean - origin;
     return {mean, (origin - (mean - rounded)) + (m.mean - rounded), rstd_of(m, eps)};
 }
 
 // sqrt(a^2 + b^2) without leaving the range; not std::hypot, whose last bit is the library's.
-NORMKIT_HOST_DEVICE inline double root_of_squares(double a, double b) {
+NORMKIT_HOST_DEVICE double root_of_squares(double a, double b) {
     const double larger = a > b ? a : b;
     if (!(larger > 0) || !std::isfinite(larger)) return std::sqrt(a * a + b * b);
     const int exponent = std::ilogb(larger);
@@ -44,7 +44,7 @@ NORMKIT_HOST_DEVICE inline double root_of_squares(double a, double b) {
 }
 
 // The same from the moments of x * scale, a power of two, whatever the magnitude of x.
-NORMKIT_HOST_DEVICE inline Statistic statistic_from(const Moments& m, double origin, double scale, double eps) {
+NORMKIT_HOST_DEVICE Statistic statistic_from(const Moments& m, double origin, double scale, double eps) {
     Statistic s = statistic_from(m, origin, 0);
     s.mean /= scale;
     s.mean_lo /= scale;

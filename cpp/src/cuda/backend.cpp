@@ -62,10 +62,11 @@ class Gpu : public Machine {
     Gpu(int device, Stream stream) : guard_(device), device_(device), stream_(static_cast<cudaStream_t>(stream)) {}
 
     Device device() override {
-        int multiprocessors = 0, shared = 0;
+        int multiprocessors = 0, shared = 0, l2 = 0;
         check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device_), "asking the device");
         check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), "asking the device");
-        return {multiprocessors, shared};
+        check(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device_), "asking the device");
+        return {multiprocessors, shared, l2};
     }
     void* allocate(index_t bytes) override {
         void* p = nullptr;

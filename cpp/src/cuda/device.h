@@ -8,7 +8,9 @@
 #if defined(__CUDACC__)
 
 #define NK_DEVICE __device__ __forceinline__
-#define NK_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// One block to a multiprocessor is asked for, so that registers are limited by the threads alone: ptxas would else spill
+// some for more blocks.
+#define NK_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define NK_WORK(Type) const __grid_constant__ Type
 
 namespace normkit::cuda {

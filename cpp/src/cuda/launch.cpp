@@ -178,6 +178,11 @@ class Planner {
         out_.add(kernel, limited(outer * w_.entries.divisor * w_.tiles.divisor), kBlock, shared);
     }
 
+    // Whether the sets that are worked on at a time are still in the L2 cache when they are read again.
+    bool stays_in_l2(index_t bytes) const {
+        return std::min<index_t>(w_.sets, device_.multiprocessors) * bytes <= device_.l2_bytes / 5 * 3;
+    }
+
     // Whether so few blocks, each for a set of many leaves, leave most of the machine idle.
     bool too_few(index_t blocks, index_t leaves) const {
         return leaves > 8 && blocks * 4 < device_.multiprocessors;
@@ -297,15 +302,19 @@ class ForwardPlanner : Planner {
             return true;
         }
         if (too_few(w_.sets, leaves)) return false;
-        if (leaves <= kWarp) {
+        // Sixteen warps that hold their leaves in registers would leave a multiprocessor with one block; in shared memory
+        // it has room for two or three, and one loads while another computes.
+        if (leaves <= kMostWarps / 2) {
             w_.warps = static_cast<int>(leaves);
             out_.add(Kernel::rows_forward, limited(w_.sets), w_.warps * kWarp, parts);
             return true;
         }
+        if (!call_.y) return false;
         const index_t held = leaves * (w_.leaf * size_);
-        if (!call_.y || parts + held > device_.shared_bytes) return false;
-        w_.warps = kWarp;
-        out_.add(Kernel::rows_forward_shared, limited(w_.sets), w_.warps * kWarp, parts + held);
+        w_.reload = parts + held > device_.shared_bytes;
+        if (w_.reload && !stays_in_l2(w_.set_size * size_)) return false;
+        w_.warps = w_.reload || parts + held > device_.shared_bytes / 2 ? kMostWarps : kMostWarps / 2;
+        out_.add(Kernel::rows_forward_shared, limited(w_.sets), w_.warps * kWarp, parts + (w_.reload ? 0 : held));
         return true;
     }
 
@@ -333,13 +342,10 @@ class BackwardPlanner : Planner {
             choose_walk({kX, kDy}, {call_.x, call_.dy});
         }
         choose_gradients();
+        // dx may take the place of x or dy, so what else reads them comes first.
+        if (wants_gradients_ && gradients_ == Gradients::others) sum_parameters();
         if (columns_ || !resident()) split();
-        if (!wants_gradients_) return;
-        if (gradients_ == Gradients::others) {
-            sum_parameters();
-        } else {
-            fold();
-        }
+        if (wants_gradients_ && gradients_ != Gradients::others) fold();
     }
 
   private:
@@ -405,16 +411,20 @@ class BackwardPlanner : Planner {
             return true;
         }
         if (too_few(teams, total) || (!call_.dx && !w_.by_element)) return false;
-        if (total <= kWarp) {
+        if (total <= kMostWarps) {
             const index_t shared = parts + total * by_element;
             if (shared > device_.shared_bytes) return false;
             w_.warps = static_cast<int>(total);
             add_resident(Kernel::rows_backward, teams, w_.warps, shared);
             return true;
         }
-        const index_t shared = parts + total * 2 * w_.slots * 16 * kWarp;
-        if (w_.by_element || shared > device_.shared_bytes) return false;
-        w_.warps = kWarp;
+        // Sums by element and what is held do not fit together.
+        const index_t held = total * 2 * w_.slots * 16 * kWarp;
+        w_.reload = w_.by_element || parts + held > device_.shared_bytes;
+        if (w_.reload && !stays_in_l2(2 * w_.set_size * size_)) return false;
+        const index_t shared = parts + (w_.by_element ? total * by_element : w_.reload ? 0 : held);
+        if (shared > device_.shared_bytes) return false;
+        w_.warps = kMostWarps;
         add_resident(Kernel::rows_backward_shared, teams, w_.warps, shared);
         return true;
     }
@@ -422,11 +432,11 @@ class BackwardPlanner : Planner {
         if (gradients_ == Gradients::by_cell && wants_gradients_) {
             w_.cell_sums = take<Pair<double>>(w_.sets * w_.cells.divisor * sizeof(Pair<double>));
         }
-        if (gradients_ == Gradients::others && wants_gradients_) add_statistics();
         out_.add(kernel, limited(blocks), warps * kWarp, shared);
     }
 
     void add_statistics() {
+        if (w_.statistics) return;
         w_.statistics = take<void>(w_.sets * split_bytes());
         add_threads(Kernel::given_statistics, w_.sets);
     }
@@ -519,6 +529,7 @@ class BackwardPlanner : Planner {
     }
 
     void sum_parameters() {
+        add_statistics();
         start_fold();
         Work& p = out_.parameters_work;
         p = w_;

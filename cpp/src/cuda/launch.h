@@ -12,6 +12,7 @@ namespace normkit::cuda {
 struct Device {
     int multiprocessors = 132;
     index_t shared_bytes = 232448;  // of a block, the most that it can ask for
+    index_t l2_bytes = 50 << 20;
 };
 
 #define NORMKIT_FOR_CUDA_KERNELS(ROW) \

@@ -24,8 +24,8 @@
 
 namespace normkit::cuda {
 
-NORMKIT_HOST_DEVICE inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
-NORMKIT_HOST_DEVICE inline double fused(double a, double b, double c) { return fma(a, b, c); }
+NORMKIT_HOST_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+NORMKIT_HOST_DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
 
 // The sum of value(i) - less over the first `valid` of kN elements of a lane, in two chains.
 template <int kN, class A, class F>
@@ -84,14 +84,15 @@ struct Merging {
 };
 
 // Lanes are merged in pairs, the lower lane's part first: `lower` says whether mine is that.
-NORMKIT_HOST_DEVICE inline Moments merged_pair(const Moments& mine, const Moments& other, bool lower) {
-    Moments m = lower ? mine : other;
-    m.merge(lower ? other : mine);
+NORMKIT_HOST_DEVICE Moments merged_pair(const Moments& mine, const Moments& other, bool lower) {
+    // By value: a choice between references would put both into memory.
+    Moments m{lower ? mine.count : other.count, lower ? mine.mean : other.mean, lower ? mine.M2 : other.M2};
+    m.merge({lower ? other.count : mine.count, lower ? other.mean : mine.mean, lower ? other.M2 : mine.M2});
     return m;
 }
 
 // How many lanes share the merging of n entries: a power of two.
-NORMKIT_HOST_DEVICE inline int merging_lanes(index_t n) {
+NORMKIT_HOST_DEVICE int merging_lanes(index_t n) {
     int lanes = 1;
     while (lanes < kWarp && lanes < n) lanes *= 2;
     return lanes;
@@ -132,7 +133,7 @@ NORMKIT_HOST_DEVICE T dx_of(T x, T dy, T w, const Split<T>& s, const DxTerms<T>&
 }
 
 // The scale that brings the largest magnitude of a float64 set to about 1; 1 where it is 0, infinity or NaN.
-NORMKIT_HOST_DEVICE inline double scale_for(double largest) {
+NORMKIT_HOST_DEVICE double scale_for(double largest) {
     if (!(largest > 0) || !std::isfinite(largest)) return 1;
     const int exponent = std::ilogb(largest);
     return std::ldexp(1.0, exponent < -1022 ? 1022 : -exponent);

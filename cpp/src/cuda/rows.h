@@ -1,7 +1,8 @@
 // Kernels of the rows: a set is walked along its elements, leaf by leaf, a warp to a leaf.
 //
 // rows_forward, rows_backward: a set stays on the chip, in registers (a leaf to a warp) or in shared memory (kShared,
-// where every thread keeps what it holds in slots of its own), so memory is read once and written once. The others are
+// where every thread keeps what it holds in slots of its own) or at least in the L2 cache (reload), so memory is read
+// once and written once. The others are
 // for sets that are too large for that or too few to fill the machine: sums of entries to the workspace, merged there,
 // and then a second reading that writes. The leaves and the order of merging are the same, so the bits are too.
 #pragma once
@@ -31,7 +32,7 @@ NK_DEVICE void write_y(const Work& w, char* y, index_t weight, index_t bias, ind
 
 // Shared memory: Partial[leaves] where more than one warp works on a set; kShared: the vectors held.
 template <class X, bool kShared>
-NK_KERNEL(1024) rows_forward(NK_WORK(Work) w) {
+NK_KERNEL(kMostWarps * kWarp) rows_forward(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int kItems = kLeafItems<X>, kElements = kItems * kVector<X>;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -51,6 +52,10 @@ NK_KERNEL(1024) rows_forward(NK_WORK(Work) w) {
         };
         const auto take = [&](int l) {
             if (!kShared) return;
+            if (w.reload) {
+                h.template load<kX>(w, x, index_t{l} * w.leaf, valid_of<X>(w.packed, leaf_size(w, l), lane), lane);
+                return;
+            }
             NORMKIT_UNROLL
             for (int j = 0; j < kItems; ++j) h.item[j] = slots[(l * kItems + j) * kWarp + lane];
         };
@@ -69,7 +74,7 @@ NK_KERNEL(1024) rows_forward(NK_WORK(Work) w) {
         for (int l = rank; l < leaves; l += w.warps) {
             const int n = leaf_size(w, l), valid = valid_of<X>(w.packed, n, lane);
             h.template load<kX>(w, x, index_t{l} * w.leaf, valid, lane);
-            if (kShared) keep(l);
+            if (kShared && !w.reload) keep(l);
             m = warp_moments<T, kElements>(n, valid, w.center, true,
                                            [&](int i) { return sizeof(T) == 8 ? h[i] - static_cast<T>(origin) : h[i]; });
             if (!alone && lane == 0) parts[l] = {m.mean, m.M2};
@@ -237,10 +242,10 @@ NK_DEVICE void add_to(T* at, const T* terms) {
     }
 }
 
-// Shared memory: Pair<double>[2 * leaves of the set + cells] where more than one warp works on a set; then for each warp
-// what it sums by element (two numbers for each element that it holds), or with kShared the vectors held.
+// Shared memory: Pair<double>[2 * leaves of the set + cells] where more than one warp works on a set; then what is summed
+// by element (two numbers for each element of a leaf), or with kShared the vectors held.
 template <class X, bool kShared>
-NK_KERNEL(1024) rows_backward(NK_WORK(Work) w) {
+NK_KERNEL(kMostWarps * kWarp) rows_backward(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int V = kVector<X>, kItems = kSumItems<X>;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -251,17 +256,17 @@ NK_KERNEL(1024) rows_backward(NK_WORK(Work) w) {
     Pair<double>* const parts = reinterpret_cast<Pair<double>*>(shared_memory());
     Pair<double>* const cell_parts = parts + (alone ? 0 : 2 * total);
     uint4* const slots = reinterpret_cast<uint4*>(cell_parts + (alone ? 0 : cells));
-    T* const sums = reinterpret_cast<T*>(slots) + index_t{warp} * (2 * kItems * V * kWarp);
-    const auto sum_g = [&](int j) { return sums + (j * kWarp + lane) * V; };
-    const auto sum_g_xhat = [&](int j) { return sums + ((kItems + j) * kWarp + lane) * V; };
+    // By element, of leaf l: sums of g, and behind them of g * xhat.
+    T* const sums = reinterpret_cast<T*>(slots) + (alone ? warp * (2 * kItems * V * kWarp) : 0);
+    const auto sum_g = [&](int l, int j) { return sums + ((l * 2 * kItems + j) * kWarp + lane) * V; };
+    const auto sum_g_xhat = [&](int l, int j) { return sum_g(l, kItems + j); };
 
     const index_t per_block = alone ? blockDim.x / kWarp : 1, stride = gridDim.x * per_block;
     const index_t teams = (w.sets + w.sets_per_team - 1) / w.sets_per_team;
     for (index_t team = blockIdx.x * per_block + (alone ? warp : 0); team < teams; team += stride) {
-        if (w.by_element) {
-            NORMKIT_UNROLL
+        for (int l = rank; w.by_element && l < total; l += w.warps) {
             for (int j = 0; j < kItems; ++j) {
-                for (int k = 0; k < V; ++k) sum_g(j)[k] = sum_g_xhat(j)[k] = 0;
+                for (int k = 0; k < V; ++k) sum_g(l, j)[k] = sum_g_xhat(l, j)[k] = 0;
             }
         }
         const index_t begin = team * w.sets_per_team;
@@ -283,7 +288,7 @@ NK_KERNEL(1024) rows_backward(NK_WORK(Work) w) {
                 const int valid = valid_of<X>(w.packed, leaf_size(w, leaf), lane);
                 hx.template load<kX>(w, x, first, valid, lane);
                 hdy.template load<kDy>(w, dy, first, valid, lane);
-                if (kShared) {
+                if (kShared && !w.reload) {
                     NORMKIT_UNROLL
                     for (int j = 0; j < kItems; ++j) {
                         if (j >= w.slots) continue;
@@ -317,8 +322,12 @@ NK_KERNEL(1024) rows_backward(NK_WORK(Work) w) {
             char* const dx = w.y ? w.y + set_offset<kY>(w, set) : nullptr;
             NORMKIT_ROLLED
             for (int l = rank; l < total; l += w.warps) {
-                const index_t cell = w.leaves.quotient(l), leaf = l - cell * leaves;
-                if (kShared) {
+                const index_t cell = w.leaves.quotient(l), leaf = l - cell * leaves, first = leaf_first(w, cell, leaf);
+                const int valid = valid_of<X>(w.packed, leaf_size(w, leaf), lane);
+                if (kShared && w.reload) {
+                    hx.template load<kX>(w, x, first, valid, lane);
+                    hdy.template load<kDy>(w, dy, first, valid, lane);
+                } else if (kShared) {
                     NORMKIT_UNROLL
                     for (int j = 0; j < kItems; ++j) {
                         if (j >= w.slots) continue;
@@ -326,27 +335,25 @@ NK_KERNEL(1024) rows_backward(NK_WORK(Work) w) {
                         hdy.item[j] = *slot(l, w.slots + j);
                     }
                 }
-                write_dx<X>(w, dx, weight, leaf_first(w, cell, leaf), valid_of<X>(w.packed, leaf_size(w, leaf), lane),
-                            lane, hx, hdy, s, terms, [&](int j) {
-                                T g[V], g_xhat[V];
-                                NORMKIT_UNROLL
-                                for (int k = 0; k < V; ++k) {
-                                    g[k] = hdy[j * V + k];
-                                    g_xhat[k] = g[k] * xhat_of(hx[j * V + k], s);
-                                }
-                                add_to<T, V>(sum_g(j), g);
-                                add_to<T, V>(sum_g_xhat(j), g_xhat);
-                            });
+                write_dx<X>(w, dx, weight, first, valid, lane, hx, hdy, s, terms, [&](int j) {
+                    T g[V], g_xhat[V];
+                    NORMKIT_UNROLL
+                    for (int k = 0; k < V; ++k) {
+                        g[k] = hdy[j * V + k];
+                        g_xhat[k] = g[k] * xhat_of(hx[j * V + k], s);
+                    }
+                    add_to<T, V>(sum_g(l, j), g);
+                    add_to<T, V>(sum_g_xhat(l, j), g_xhat);
+                });
             }
         }
-        if (w.by_element) {  // one leaf to a warp
-            Pair<T>* const out = static_cast<Pair<T>*>(w.element_sums) + team * w.set_size;
-            const index_t first = index_t{rank} * w.leaf;
-            const int valid = valid_of<X>(w.packed, leaf_size(w, rank), lane);
+        for (int l = rank; w.by_element && l < total; l += w.warps) {
+            Pair<T>* const out = static_cast<Pair<T>*>(w.element_sums) + team * w.set_size + index_t{l} * w.leaf;
+            const int valid = valid_of<X>(w.packed, leaf_size(w, l), lane);
             NORMKIT_UNROLL
             for (int i = 0; i < kItems * V; ++i) {
                 if (i >= valid) continue;
-                out[first + element_of<X>(w.packed, i, lane)] = {sum_g(i / V)[i % V], sum_g_xhat(i / V)[i % V]};
+                out[element_of<X>(w.packed, i, lane)] = {sum_g(l, i / V)[i % V], sum_g_xhat(l, i / V)[i % V]};
             }
         }
         if (!alone && team + stride < teams) block_barrier();

@@ -17,6 +17,7 @@ namespace normkit::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kMostEntries = 1024;  // of a cell: 32 for each lane of the warp that merges them
+constexpr int kMostWarps = 16;      // of a resident set: 128 registers are left to a thread
 constexpr int kBlock = 256;         // threads of the kernels that are not told otherwise
 
 // Accesses are of 16 bytes: so many elements.
@@ -121,9 +122,10 @@ struct Work {
     Division tiles;  // blocks side by side
     bool weight_by_row, bias_by_row;
 
-    // Resident rows: warps of a set; sets that a team of them does one after another, summing their gradients by
-    // element; the same number of sets in rows_dx.
+    // Resident rows: warps of a set; reload: it is read again, from the L2 cache, instead of being held. Sets that a team
+    // of warps does one after another, summing their gradients by element; the same number of sets in rows_dx.
     int warps;
+    bool reload;
     bool by_element;
     index_t sets_per_team;
 
