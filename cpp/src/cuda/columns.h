@@ -14,8 +14,9 @@ template <class X>
 struct Column {
     static constexpr int V = kVector<X>;
     index_t outer, piece, rows, first_row;  // rows: of the piece
-    index_t lane, step, lanes;              // lane k of the thread is lane + k * step, if it is less than lanes
-    int x, y;                               // of the thread in the block
+    index_t lane;                           // lane k of the thread, k < valid, is lane + k * step
+    int step, valid;
+    int x, y;  // of the thread in the block
 
     NK_DEVICE Column(const Work& w, index_t id) {
         const index_t block = w.tiles.quotient(id), tile = id - block * w.tiles.divisor;
@@ -25,23 +26,54 @@ struct Column {
         first_row = piece * w.entry_size;
         x = threadIdx.x % w.width;
         y = threadIdx.x / w.width;
-        lanes = w.lanes.divisor;
-        lane = tile * w.width * V + (w.lanes_packed ? x * V : x);
         step = w.lanes_packed ? 1 : w.width;
+        lane = tile * w.width * V + (w.lanes_packed ? x * V : x);
+        const index_t left = w.lanes.divisor - lane;
+        valid = left <= 0 ? 0 : left >= index_t{V} * step ? V : static_cast<int>((left + step - 1) / step);
     }
-    NK_DEVICE bool has(int k) const { return lane + k * step < lanes; }
+    NK_DEVICE index_t group(const Work& w, int k) const { return w.cells.quotient(lane + k * step); }
 
-    // Of lane k of the thread, without its row.
+    // Of the outer block, and of lane k in it.
     template <Operand o>
-    NK_DEVICE index_t offset(const Work& w, int k) const {
-        const index_t group = w.cells.quotient(lane + k * step), in_group = lane + k * step - group * w.cells.divisor;
-        return offset_along<o>(w, 0, w.kept - 1, outer) + group * w.axis[w.kept - 1].stride[o] +
-               in_group * w.axis[w.axes - 1].stride[o];
+    NK_DEVICE index_t outer_offset(const Work& w) const {
+        return offset_along<o>(w, 0, w.kept - 1, outer);
+    }
+    template <Operand o>
+    NK_DEVICE index_t lane_offset(const Work& w, int k) const {
+        const index_t g = group(w, k), in_group = lane + k * step - g * w.cells.divisor;
+        return g * w.axis[w.kept - 1].stride[o] + in_group * w.axis[w.axes - 1].stride[o];
     }
     NK_DEVICE index_t set(const Work& w, int k) const {
-        return outer * w.axis[w.kept - 1].extent.divisor + w.cells.quotient(lane + k * step);
+        return outer * w.axis[w.kept - 1].extent.divisor + group(w, k);
+    }
+    // Of x and its like at the thread's first lane, where lanes lie side by side.
+    template <Operand o>
+    NK_DEVICE index_t offset(const Work& w) const {
+        return outer_offset<o>(w) + (valid > 0 ? lane * index_t{sizeof(X)} : 0);
     }
 };
+
+// A parameter of each lane; `absent` where it is not there, or is one for a row.
+template <Operand o, class X>
+NK_DEVICE void read_lanes(const Work& w, const Column<X>& c, const Parameter& p, bool by_row, Compute<X> absent,
+                          Compute<X>* out) {
+    const index_t outer = c.template outer_offset<o>(w);
+    NORMKIT_UNROLL
+    for (int k = 0; k < kVector<X>; ++k) {
+        out[k] = absent;
+        if (p.data && !by_row && k < c.valid) {
+            out[k] = load_parameter<X>(p, outer + c.template lane_offset<o>(w, k));
+        }
+    }
+}
+template <class X>
+NK_DEVICE void read_splits(const Work& w, const Column<X>& c, Split<Compute<X>>* s) {
+    NORMKIT_UNROLL
+    for (int k = 0; k < kVector<X>; ++k) {
+        s[k] = {0, 0, 0, 1};
+        if (k < c.valid) s[k] = static_cast<const Split<Compute<X>>*>(w.statistics)[c.set(w, k)];
+    }
+}
 
 // Of row r of the rows of a set.
 template <Operand o>
@@ -56,7 +88,7 @@ NK_DEVICE uint4 load_lanes(const Work& w, const Column<X>& c, const char* at) {
     uint4 v{0, 0, 0, 0};
     NORMKIT_UNROLL
     for (int k = 0; k < kVector<X>; ++k) {
-        if (c.has(k)) Lanes<X>::set(v, k, Lanes<X>::load(at + k * c.step * index_t{sizeof(X)}));
+        if (k < c.valid) Lanes<X>::set(v, k, Lanes<X>::load(at + k * c.step * int{sizeof(X)}));
     }
     return v;
 }
@@ -65,7 +97,7 @@ NK_DEVICE void store_lanes(const Work& w, const Column<X>& c, char* at, const ui
     if (w.lanes_vector) return store_vector(at, v);
     NORMKIT_UNROLL
     for (int k = 0; k < kVector<X>; ++k) {
-        if (c.has(k)) Lanes<X>::store(at + k * c.step * index_t{sizeof(X)}, Lanes<X>::get(v, k));
+        if (k < c.valid) Lanes<X>::store(at + k * c.step * int{sizeof(X)}, Lanes<X>::get(v, k));
     }
 }
 
@@ -79,23 +111,21 @@ NK_KERNEL(kBlock) columns_moments(NK_WORK(Work) w) {
     const index_t total = w.sets / w.axis[w.kept - 1].extent.divisor * w.entries.divisor * w.tiles.divisor;
     for (index_t id = blockIdx.x; id < total; id += gridDim.x) {
         const Column<X> c(w, id);
-        const bool here = c.has(0);
-        const char* const x = w.x + (here ? c.template offset<kX>(w, 0) : 0);
+        const char* const x = w.x + c.template offset<kX>(w);
         T origin[V];
         double count = 0, mean[V], M2[V];
         NORMKIT_UNROLL
         for (int k = 0; k < V; ++k) {
             origin[k] = 0;
             mean[k] = M2[k] = 0;
-            if (sizeof(T) == 8 && w.center && c.has(k)) {  // the first element of the set
-                const index_t in_group = w.cells.remainder(c.lane + k * c.step);
-                const index_t back = in_group * w.axis[w.axes - 1].stride[kX];
-                origin[k] = static_cast<T>(Lanes<X>::load(w.x + c.template offset<kX>(w, k) - back));
+            if (sizeof(T) == 8 && w.center && k < c.valid) {  // the first element of the set
+                const char* const outer = w.x + c.template outer_offset<kX>(w);
+                origin[k] = static_cast<T>(Lanes<X>::load(outer + c.group(w, k) * w.axis[w.kept - 1].stride[kX]));
             }
         }
         const index_t sweep = w.height * kColumnRows;
         NORMKIT_ROLLED
-        for (index_t r = c.y; here && r < c.rows; r += sweep) {
+        for (index_t r = c.y; c.valid > 0 && r < c.rows; r += sweep) {
             const index_t left = (c.rows - r + w.height - 1) / w.height;
             const int n = left < kColumnRows ? static_cast<int>(left) : kColumnRows;
             uint4 item[kColumnRows];
@@ -144,8 +174,8 @@ NK_KERNEL(kBlock) columns_moments(NK_WORK(Work) w) {
         if (c.y == 0) {
             NORMKIT_UNROLL
             for (int k = 0; k < V; ++k) {
-                if (!c.has(k)) continue;
-                w.moments[(c.outer * w.entries.divisor + c.piece) * c.lanes + c.lane + k * c.step] = {mean[k], M2[k]};
+                if (k >= c.valid) continue;
+                w.moments[(c.outer * w.entries.divisor + c.piece) * w.lanes.divisor + c.lane + k * c.step] = {mean[k], M2[k]};
             }
         }
         block_barrier();
@@ -160,42 +190,28 @@ NK_KERNEL(kBlock) columns_apply(NK_WORK(Work) w) {
     const index_t total = w.sets / w.axis[w.kept - 1].extent.divisor * w.entries.divisor * w.tiles.divisor;
     for (index_t id = blockIdx.x; id < total; id += gridDim.x) {
         const Column<X> c(w, total - 1 - id);
-        if (!c.has(0)) continue;
+        if (c.valid == 0) continue;
         Split<T> s[V];
         T weights[V], biases[V];
-        NORMKIT_UNROLL
-        for (int k = 0; k < V; ++k) {
-            s[k] = {0, 0, 0, 1};
-            weights[k] = 1;
-            biases[k] = 0;
-            if (!c.has(k)) continue;
-            s[k] = static_cast<const Split<T>*>(w.statistics)[c.set(w, k)];
-            if (w.weight.data && !w.weight_by_row) {
-                weights[k] = load_parameter<X>(w.weight, c.template offset<kWeight>(w, k));
-            }
-            if (w.bias.data && !w.bias_by_row) {
-                biases[k] = load_parameter<X>(w.bias, c.template offset<kBias>(w, k));
-            }
-        }
-        const char* const x = w.x + c.template offset<kX>(w, 0);
-        char* const y = w.y + c.template offset<kY>(w, 0);
-        NORMKIT_UNROLL_BY(4)
+        read_splits<X>(w, c, s);
+        read_lanes<kWeight, X>(w, c, w.weight, w.weight_by_row, T(1), weights);
+        read_lanes<kBias, X>(w, c, w.bias, w.bias_by_row, T(0), biases);
+        const index_t weight = c.template outer_offset<kWeight>(w), bias = c.template outer_offset<kBias>(w);
+        const char* const x = w.x + c.template offset<kX>(w);
+        char* const y = w.y + c.template offset<kY>(w);
+        NORMKIT_UNROLL_BY(2)
         for (index_t r = c.y; r < c.rows; r += w.height) {
             const index_t row = c.first_row + r;
             const uint4 v = load_lanes(w, c, x + row_offset<kX>(w, row));
-            if (w.weight_by_row || w.bias_by_row) {
+            if (w.weight_by_row) {
+                const T one = load_parameter<X>(w.weight, weight + row_offset<kWeight>(w, row));
                 NORMKIT_UNROLL
-                for (int k = 0; k < V; ++k) {
-                    if (!c.has(k)) continue;
-                    if (w.weight_by_row) {
-                        weights[k] = load_parameter<X>(
-                            w.weight, c.template offset<kWeight>(w, k) + row_offset<kWeight>(w, row));
-                    }
-                    if (w.bias_by_row) {
-                        biases[k] =
-                            load_parameter<X>(w.bias, c.template offset<kBias>(w, k) + row_offset<kBias>(w, row));
-                    }
-                }
+                for (int k = 0; k < V; ++k) weights[k] = one;
+            }
+            if (w.bias_by_row) {
+                const T one = load_parameter<X>(w.bias, bias + row_offset<kBias>(w, row));
+                NORMKIT_UNROLL
+                for (int k = 0; k < V; ++k) biases[k] = one;
             }
             uint4 out{0, 0, 0, 0};
             NORMKIT_UNROLL
@@ -216,36 +232,31 @@ NK_KERNEL(kBlock) columns_sums(NK_WORK(Work) w) {
     const index_t total = w.sets / w.axis[w.kept - 1].extent.divisor * w.entries.divisor * w.tiles.divisor;
     for (index_t id = blockIdx.x; id < total; id += gridDim.x) {
         const Column<X> c(w, id);
-        const bool here = c.has(0);
         Split<T> s[V];
         Pair<double> sum[V];
+        read_splits<X>(w, c, s);
         NORMKIT_UNROLL
-        for (int k = 0; k < V; ++k) {
-            s[k] = {0, 0, 0, 1};
-            if (c.has(k)) s[k] = static_cast<const Split<T>*>(w.statistics)[c.set(w, k)];
-            sum[k] = {0, 0};
-        }
-        const char* const x = w.x + (here ? c.template offset<kX>(w, 0) : 0);
-        const char* const dy = w.dy + (here ? c.template offset<kDy>(w, 0) : 0);
+        for (int k = 0; k < V; ++k) sum[k] = {0, 0};
+        const index_t weight = c.template outer_offset<kWeight>(w);
+        const char* const x = w.x + c.template offset<kX>(w);
+        const char* const dy = w.dy + c.template offset<kDy>(w);
         const index_t sweep = w.height * kColumnRows;
         NORMKIT_ROLLED
-        for (index_t first = c.y; here && first < c.rows; first += sweep) {
+        for (index_t first = c.y; c.valid > 0 && first < c.rows; first += sweep) {
             T g[V], g_xhat[V];
             NORMKIT_UNROLL
             for (int k = 0; k < V; ++k) g[k] = g_xhat[k] = 0;
-            NORMKIT_UNROLL_BY(4)
+            NORMKIT_UNROLL_BY(2)
             for (int j = 0; j < kColumnRows; ++j) {
                 const index_t r = first + j * w.height, row = c.first_row + r;
                 if (r >= c.rows) break;
                 const uint4 vx = load_lanes(w, c, x + row_offset<kX>(w, row));
                 const uint4 vdy = load_lanes(w, c, dy + row_offset<kDy>(w, row));
+                T factor = 1;
+                if (w.weight_in_sums) factor = load_parameter<X>(w.weight, weight + row_offset<kWeight>(w, row));
                 NORMKIT_UNROLL
                 for (int k = 0; k < V; ++k) {
-                    T v = Lanes<X>::get(vdy, k);
-                    if (w.weight_in_sums && c.has(k)) {
-                        v *= load_parameter<X>(w.weight,
-                                               c.template offset<kWeight>(w, k) + row_offset<kWeight>(w, row));
-                    }
+                    const T v = factor * Lanes<X>::get(vdy, k);
                     g[k] += v;
                     g_xhat[k] = fused(v, xhat_of(Lanes<X>::get(vx, k), s[k]), g_xhat[k]);
                 }
@@ -275,8 +286,8 @@ NK_KERNEL(kBlock) columns_sums(NK_WORK(Work) w) {
         if (c.y == 0) {
             NORMKIT_UNROLL
             for (int k = 0; k < V; ++k) {
-                if (!c.has(k)) continue;
-                w.sums[(c.outer * w.entries.divisor + c.piece) * c.lanes + c.lane + k * c.step] = sum[k];
+                if (k >= c.valid) continue;
+                w.sums[(c.outer * w.entries.divisor + c.piece) * w.lanes.divisor + c.lane + k * c.step] = sum[k];
             }
         }
         block_barrier();
@@ -290,40 +301,36 @@ NK_KERNEL(kBlock) columns_dx(NK_WORK(Work) w) {
     const index_t total = w.sets / w.axis[w.kept - 1].extent.divisor * w.entries.divisor * w.tiles.divisor;
     for (index_t id = blockIdx.x; id < total; id += gridDim.x) {
         const Column<X> c(w, total - 1 - id);
-        if (!c.has(0)) continue;
+        if (c.valid == 0) continue;
         Split<T> s[V];
         DxTerms<T> terms[V];
         T weights[V];
+        read_splits<X>(w, c, s);
+        read_lanes<kWeight, X>(w, c, w.weight, w.weight_by_row, T(1), weights);
         NORMKIT_UNROLL
         for (int k = 0; k < V; ++k) {
-            s[k] = {0, 0, 0, 1};
             terms[k] = {0, 0};
-            weights[k] = 1;
-            if (!c.has(k)) continue;
-            const index_t set = c.set(w, k);
-            s[k] = static_cast<const Split<T>*>(w.statistics)[set];
-            if (!w.constant_statistics && w.set_sums) {
-                terms[k] = dx_terms(s[k], static_cast<const Pair<T>*>(w.set_sums)[set]);
-            }
-            if (w.weight.data && !w.weight_by_row) {
-                weights[k] = load_parameter<X>(w.weight, c.template offset<kWeight>(w, k));
+            if (k < c.valid && !w.constant_statistics && w.set_sums) {
+                terms[k] = dx_terms(s[k], static_cast<const Pair<T>*>(w.set_sums)[c.set(w, k)]);
             }
         }
-        const char* const x = w.x + c.template offset<kX>(w, 0);
-        const char* const dy = w.dy + c.template offset<kDy>(w, 0);
-        char* const dx = w.y + c.template offset<kY>(w, 0);
+        const index_t weight = c.template outer_offset<kWeight>(w);
+        const char* const x = w.x + c.template offset<kX>(w);
+        const char* const dy = w.dy + c.template offset<kDy>(w);
+        char* const dx = w.y + c.template offset<kY>(w);
         NORMKIT_UNROLL_BY(2)
         for (index_t r = c.y; r < c.rows; r += w.height) {
             const index_t row = c.first_row + r;
             const uint4 vx = load_lanes(w, c, x + row_offset<kX>(w, row));
             const uint4 vdy = load_lanes(w, c, dy + row_offset<kDy>(w, row));
+            if (w.weight_by_row) {
+                const T one = load_parameter<X>(w.weight, weight + row_offset<kWeight>(w, row));
+                NORMKIT_UNROLL
+                for (int k = 0; k < V; ++k) weights[k] = one;
+            }
             uint4 out{0, 0, 0, 0};
             NORMKIT_UNROLL
             for (int k = 0; k < V; ++k) {
-                if (w.weight_by_row && c.has(k)) {
-                    weights[k] =
-                        load_parameter<X>(w.weight, c.template offset<kWeight>(w, k) + row_offset<kWeight>(w, row));
-                }
                 Lanes<X>::set(out, k, dx_of(Lanes<X>::get(vx, k), Lanes<X>::get(vdy, k), weights[k], s[k], terms[k]));
             }
             store_lanes(w, c, dx + row_offset<kY>(w, row), out);

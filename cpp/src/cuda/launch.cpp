@@ -107,6 +107,12 @@ class Planner {
                 if (unit != size_) columns_ = false;
                 if (merge.extent > 1 && lane.extent > 1 && lane.stride[o] != unit * merge.extent) columns_ = false;
             }
+            // A parameter that varies down the rows and along the lanes too: element by element.
+            for (const Operand o : {kWeight, kBias}) {
+                bool by_row = false;
+                for (int i = 0; i < inner_.n - 1; ++i) by_row = by_row || varies(inner_.axis[i], o);
+                if (by_row && (varies(lane, o) || varies(merge, o))) columns_ = false;
+            }
         }
         constexpr unsigned kOfSets = kMemory | bit(kStatistic) | bit(kSet);
         int n = 0;
@@ -129,8 +135,8 @@ class Planner {
             }
             for (const char* p : data) w_.lanes_vector = w_.lanes_vector && reinterpret_cast<std::uintptr_t>(p) % 16 == 0;
             const auto by_row = [&](Operand o) {
-                for (int i = w_.kept; i < w_.axes - 1; ++i) {
-                    if (w_.axis[i].extent.divisor > 1 && w_.axis[i].stride[o] != 0) return true;
+                for (int i = 0; i < rows.n; ++i) {
+                    if (varies(rows.axis[i], o)) return true;
                 }
                 return false;
             };
@@ -198,6 +204,8 @@ class Planner {
     bool columns_ = false, packed_weight_ = false, packed_bias_ = false;
 
   private:
+    static bool varies(const Axis& a, Operand o) { return a.extent > 1 && a.stride[o] != 0; }
+
     static bool aligned(const Line& line, std::initializer_list<Operand> arrays) {
         for (const Operand o : arrays) {
             if (line.extent.divisor > 1 && line.stride[o] % 16 != 0) return false;

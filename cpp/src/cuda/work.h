@@ -31,24 +31,37 @@ template <class X>
 constexpr int kSumItems = kLeafItems<X> / 2;
 constexpr int kColumnRows = 8;  // rows of a leaf in the columns walk: one lane of it is in one thread
 
-// Division by a constant: Granlund and Montgomery, "Division by invariant integers using multiplication" (1994), fig.
-// 4.1 for 31 bits, where the sum below can't overflow. Larger numerators are divided in 64 bits.
+// Division by a constant, without a branch: Granlund and Montgomery, "Division by invariant integers using multiplication"
+// (1994), fig. 4.1, for numerators below 2^63, where the sum can't overflow.
 struct Division {
     index_t divisor = 1;
-    std::uint32_t multiplier = 1;
-    std::int32_t shift = 0;
+    std::uint64_t multiplier = 1;
+    index_t shift = 0;
 
     Division() = default;
-    explicit Division(index_t d) : divisor(d), multiplier(0), shift(31) {
-        if (d > INT32_MAX) return;  // of what is below 2^31 the quotient is then 0
-        shift = 0;
-        while ((index_t{1} << shift) < d) ++shift;
-        multiplier = static_cast<std::uint32_t>((((index_t{1} << shift) - d) << 32) / d + 1);
+    explicit Division(index_t d) : divisor(d), multiplier(1), shift(0) {
+        while ((std::uint64_t{1} << shift) < static_cast<std::uint64_t>(d)) ++shift;
+        // floor(2^64 * (2^shift - d) / d) + 1, bit by bit: 2^shift - d < d.
+        std::uint64_t rest = (std::uint64_t{1} << shift) - static_cast<std::uint64_t>(d), quotient = 0;
+        for (int i = 0; i < 64; ++i) {
+            rest *= 2;
+            quotient *= 2;
+            if (rest >= static_cast<std::uint64_t>(d)) {
+                rest -= static_cast<std::uint64_t>(d);
+                ++quotient;
+            }
+        }
+        multiplier = quotient + 1;
     }
     NORMKIT_HOST_DEVICE index_t quotient(index_t n) const {
-        if (n > INT32_MAX) return n / divisor;
-        const std::uint32_t small = static_cast<std::uint32_t>(n);
-        return (static_cast<std::uint32_t>(std::uint64_t{small} * multiplier >> 32) + small) >> shift;
+        const std::uint64_t numerator = static_cast<std::uint64_t>(n);
+#if defined(__CUDA_ARCH__)
+        const std::uint64_t high = __umul64hi(numerator, multiplier);
+#else
+        __extension__ using Wide = unsigned __int128;
+        const std::uint64_t high = static_cast<std::uint64_t>(static_cast<Wide>(numerator) * multiplier >> 64);
+#endif
+        return static_cast<index_t>((high + numerator) >> shift);
     }
     NORMKIT_HOST_DEVICE index_t remainder(index_t n) const { return n - quotient(n) * divisor; }
 };
@@ -120,7 +133,7 @@ struct Work {
     bool lanes_packed, lanes_vector;
     int width, height;
     Division tiles;  // blocks side by side
-    bool weight_by_row, bias_by_row;
+    bool weight_by_row, bias_by_row;  // the parameter is one for all lanes of a row
 
     // Resident rows: warps of a set; reload: it is read again, from the L2 cache, instead of being held. Sets that a team
     // of warps does one after another, summing their gradients by element; the same number of sets in rows_dx.
