@@ -40,7 +40,7 @@ int device_count();  // 0 without a driver
 // What is enqueued on `consumer` from now on waits for what has been enqueued on `producer`.
 void wait(Stream consumer, Stream producer, int device);
 
-struct Path {  // what the last call of this thread enqueued
+struct Path {                 // what the last call of this thread enqueued
     const char* kernel = "";  // the first that read x
     const char* last = "";
     int launches = 0;

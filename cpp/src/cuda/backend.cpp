@@ -15,8 +15,8 @@ namespace normkit::cuda {
 void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // what is not sticky is over with this exception
-    std::string text = std::string(what) + " must succeed, got " + cudaGetErrorName(error) + " (" +
-                       cudaGetErrorString(error) + ")";
+    std::string text =
+        std::string(what) + " must succeed, got " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")";
     switch (error) {
         case cudaErrorNoDevice:
         case cudaErrorInsufficientDriver:

@@ -1,6 +1,6 @@
-// What kernels are written in: qualifiers, vectors of 16 bytes, conversions in registers, exchange between the lanes of a
-// warp. Kernels are headers, and where no CUDA compiler reads them the tests put an emulator in the place of the machine
-// (cpp/tests/cuda_emulator.h), which runs every thread of a block on the host.
+// What kernels are written in: qualifiers, vectors of 16 bytes, conversions in registers, exchange between the lanes of
+// a warp. Kernels are headers, and where no CUDA compiler reads them the tests put an emulator in the place of the
+// machine (cpp/tests/cuda_emulator.h), which runs every thread of a block on the host.
 #pragma once
 
 #include "leaf.h"
@@ -8,8 +8,8 @@
 #if defined(__CUDACC__)
 
 #define NK_DEVICE __device__ __forceinline__
-// One block to a multiprocessor is asked for, so that registers are limited by the threads alone: ptxas would else spill
-// some for more blocks.
+// One block to a multiprocessor is asked for, so that registers are limited by the threads alone: ptxas would else
+// spill some for more blocks.
 #define NK_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define NK_WORK(Type) const __grid_constant__ Type
 
@@ -62,7 +62,8 @@ NK_DEVICE char* shared_memory() {
 
 namespace normkit::cuda {
 
-// ------------------------------------------------------------------------------------------------- elements of a vector
+// ------------------------------------------------------------------------------------------------- elements of a
+// vector
 
 NK_DEVICE unsigned word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 NK_DEVICE void set_word(uint4& v, int i, unsigned bits) {
@@ -144,11 +145,10 @@ NK_DEVICE void store_any(char* p, Dtype dtype, double v) {
     }
 }
 
-NK_DEVICE int size_on_device(Dtype dtype) {
-    return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-}
+NK_DEVICE int size_on_device(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
-// ------------------------------------------------------------------------------------------------------------ addresses
+// ------------------------------------------------------------------------------------------------------------
+// addresses
 
 // Where element i of axis[begin, end) of an operand lies.
 template <Operand o>
@@ -171,7 +171,8 @@ NK_DEVICE index_t element_offset(const Work& w, index_t e) {
     return offset_along<o>(w, w.kept, w.axes, e);
 }
 
-// ----------------------------------------------------------------------------------------------------- a leaf in a warp
+// ----------------------------------------------------------------------------------------------------- a leaf in a
+// warp
 
 // Element number i of a lane is element element_of(...) of the leaf: packed, vectors of neighbours; else one by one.
 template <class X>
@@ -318,7 +319,8 @@ NK_DEVICE Moments merge_lanes(Moments m, int lanes, int lane) {
     return m;
 }
 
-// Merges entries 0 to n - 1, each lane those that are a power of two apart, and then the lanes. All lanes get the result.
+// Merges entries 0 to n - 1, each lane those that are a power of two apart, and then the lanes. All lanes get the
+// result.
 template <class F>
 NK_DEVICE Moments merge_entries(index_t n, int lane, F entry) {
     const int lanes = merging_lanes(n), mine = lane & (lanes - 1);
@@ -345,7 +347,8 @@ NK_DEVICE Pair<double> add_entries(index_t n, int lane, F entry) {
     return sum;
 }
 
-// ----------------------------------------------------------------------------------------------------------- statistics
+// -----------------------------------------------------------------------------------------------------------
+// statistics
 
 // What the caller wants of a set, and what kernels read of it.
 NK_DEVICE Statistic statistic_of(const Moments& m, double origin, double scale, double eps) {

@@ -7,9 +7,9 @@ namespace normkit::cuda {
 namespace {
 
 constexpr index_t kMostGrid = INT32_MAX;
-constexpr int kAloneWarps = 4;           // of a block in which every warp has sets of its own
-constexpr index_t kLeastCell = 16;       // elements; with fewer to a warp the weights go into the sums
-constexpr index_t kMostTeamSets = 64;    // a gradient by element adds so many numbers in the type of arithmetic
+constexpr int kAloneWarps = 4;         // of a block in which every warp has sets of its own
+constexpr index_t kLeastCell = 16;     // elements; with fewer to a warp the weights go into the sums
+constexpr index_t kMostTeamSets = 64;  // a gradient by element adds so many numbers in the type of arithmetic
 constexpr unsigned kMemory = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);
 
 index_t up(index_t n, index_t by) { return (n + by - 1) / by; }
@@ -63,8 +63,8 @@ class Planner {
     }
     index_t split_bytes() const { return 4 * arithmetic_size_; }
 
-    // Kernels read parameters of x's dtype or of the type of arithmetic. Others are converted first, to numbers that lie
-    // in the order of the plan.
+    // Kernels read parameters of x's dtype or of the type of arithmetic. Others are converted first, to numbers that
+    // lie in the order of the plan.
     void take_parameter(const char* data, Dtype dtype, Operand o, Parameter* p) {
         p->data = data;
         p->reading = Reading::absent;
@@ -118,7 +118,8 @@ class Planner {
         int n = 0;
         if (columns_) {
             const Axis lane = kept_.inner(), merge = inner_.inner();
-            const Nest outer = collapse(kept_.without_inner(), kOfSets), rows = collapse(inner_.without_inner(), kMemory);
+            const Nest outer = collapse(kept_.without_inner(), kOfSets),
+                       rows = collapse(inner_.without_inner(), kMemory);
             for (int i = 0; i < outer.n; ++i) push(outer.axis[i], &n, w_.axis);
             push(lane, &n, w_.axis);
             w_.kept = n;
@@ -133,7 +134,8 @@ class Planner {
             for (int i = 0; i < w_.axes - 1; ++i) {
                 if (i != w_.kept - 1 && !aligned(w_.axis[i], arrays)) w_.lanes_vector = false;
             }
-            for (const char* p : data) w_.lanes_vector = w_.lanes_vector && reinterpret_cast<std::uintptr_t>(p) % 16 == 0;
+            for (const char* p : data)
+                w_.lanes_vector = w_.lanes_vector && reinterpret_cast<std::uintptr_t>(p) % 16 == 0;
             const auto by_row = [&](Operand o) {
                 for (int i = 0; i < rows.n; ++i) {
                     if (varies(rows.axis[i], o)) return true;
@@ -190,9 +192,7 @@ class Planner {
     }
 
     // Whether so few blocks, each for a set of many leaves, leave most of the machine idle.
-    bool too_few(index_t blocks, index_t leaves) const {
-        return leaves > 8 && blocks * 4 < device_.multiprocessors;
-    }
+    bool too_few(index_t blocks, index_t leaves) const { return leaves > 8 && blocks * 4 < device_.multiprocessors; }
 
     const Plan& plan_;
     const Device& device_;
@@ -310,8 +310,8 @@ class ForwardPlanner : Planner {
             return true;
         }
         if (too_few(w_.sets, leaves)) return false;
-        // Sixteen warps that hold their leaves in registers would leave a multiprocessor with one block; in shared memory
-        // it has room for two or three, and one loads while another computes.
+        // Sixteen warps that hold their leaves in registers would leave a multiprocessor with one block; in shared
+        // memory it has room for two or three, and one loads while another computes.
         if (leaves <= kMostWarps / 2) {
             w_.warps = static_cast<int>(leaves);
             out_.add(Kernel::rows_forward, limited(w_.sets), w_.warps * kWarp, parts);
@@ -480,8 +480,8 @@ class BackwardPlanner : Planner {
         f.parameters = f.summands = 1;
     }
 
-    // Calls f(axis) for the axes that tell parameters apart, then for those that are summed; `skip` some. Returns how many
-    // the first are.
+    // Calls f(axis) for the axes that tell parameters apart, then for those that are summed; `skip` some. Returns how
+    // many the first are.
     template <class Skip, class F>
     int for_parameters(Skip skip, F f) {
         int index = 0;
@@ -516,9 +516,8 @@ class BackwardPlanner : Planner {
                 next *= w_.axis[i].extent.divisor;
             }
             const auto within = [&](int i) { return i >= w_.kept && !of_cells(i); };
-            f.index = for_parameters(within, [&](int i) {
-                f.axis[f.axes++] = {w_.axis[i].extent, w_.axis[i].stride[kGradient], entry[i]};
-            });
+            f.index = for_parameters(
+                within, [&](int i) { f.axis[f.axes++] = {w_.axis[i].extent, w_.axis[i].stride[kGradient], entry[i]}; });
         } else {
             f.from = w_.element_sums;
             index_t entry = w_.set_size;

@@ -1,7 +1,8 @@
 // The planner: which kernels an operation launches, with what grid and memory. Plain host code that needs no CUDA.
 //
-// All that decides bits (leaves, entries, cells, teams; the family by walk) follows from the plan: extents, strides, dtype.
-// The device decides what changes none: whether a set stays on the chip, which its shared memory allows, or is split.
+// All that decides bits (leaves, entries, cells, teams; the family by walk) follows from the plan: extents, strides,
+// dtype. The device decides what changes none: whether a set stays on the chip, which its shared memory allows, or is
+// split.
 #pragma once
 
 #include "../operation.h"

@@ -1,10 +1,11 @@
 // The numerics of a leaf, for one lane and for the warp. The same code on host and device: the tests run it on both.
 //
-// A leaf takes a pilot k in the type of arithmetic, then sums of d = x - k and d^2; mean = k + sum(d) / n, M2 = sum(d^2)
+// A leaf takes a pilot k in the type of arithmetic, then sums of d = x - k and d^2; mean = k + sum(d) / n, M2 =
+// sum(d^2)
 // - sum(d)^2 / n. The subtraction is safe because k is within rounding of the mean. Chains of additions in float32 have
-// at most 16 links, and five more where lanes are added up by halves; everything above a leaf is in double. The compiler
-// does not contract (-fmad=false): a fused multiply-add stands where it is written, so every kernel, and the host, has
-// the same bits.
+// at most 16 links, and five more where lanes are added up by halves; everything above a leaf is in double. The
+// compiler does not contract (-fmad=false): a fused multiply-add stands where it is written, so every kernel, and the
+// host, has the same bits.
 #pragma once
 
 #include <cmath>

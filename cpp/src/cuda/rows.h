@@ -32,7 +32,8 @@ NK_DEVICE void write_y(const Work& w, char* y, index_t weight, index_t bias, ind
 
 // Shared memory: Partial[leaves] where more than one warp works on a set; kShared: the vectors held.
 template <class X, bool kShared>
-NK_KERNEL(kMostWarps * kWarp) rows_forward(NK_WORK(Work) w) {
+NK_KERNEL(kMostWarps* kWarp)
+rows_forward(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int kItems = kLeafItems<X>, kElements = kItems * kVector<X>;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -75,8 +76,8 @@ NK_KERNEL(kMostWarps * kWarp) rows_forward(NK_WORK(Work) w) {
             const int n = leaf_size(w, l), valid = valid_of<X>(w.packed, n, lane);
             h.template load<kX>(w, x, index_t{l} * w.leaf, valid, lane);
             if (kShared && !w.reload) keep(l);
-            m = warp_moments<T, kElements>(n, valid, w.center, true,
-                                           [&](int i) { return sizeof(T) == 8 ? h[i] - static_cast<T>(origin) : h[i]; });
+            m = warp_moments<T, kElements>(
+                n, valid, w.center, true, [&](int i) { return sizeof(T) == 8 ? h[i] - static_cast<T>(origin) : h[i]; });
             if (!alone && lane == 0) parts[l] = {m.mean, m.M2};
         }
         m = merged(m);
@@ -135,12 +136,14 @@ NK_KERNEL(kMostWarps * kWarp) rows_forward(NK_WORK(Work) w) {
 
 // Moments of entries to the workspace, a warp to each.
 template <class X>
-NK_KERNEL(kBlock) rows_moments(NK_WORK(Work) w) {
+NK_KERNEL(kBlock)
+rows_moments(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int kItems = kLeafItems<X>;
     const int lane = threadIdx.x % kWarp;
     const index_t entries = w.entries.divisor, per_block = blockDim.x / kWarp;
-    for (index_t id = blockIdx.x * per_block + threadIdx.x / kWarp; id < w.sets * entries; id += gridDim.x * per_block) {
+    for (index_t id = blockIdx.x * per_block + threadIdx.x / kWarp; id < w.sets * entries;
+         id += gridDim.x * per_block) {
         const index_t set = w.entries.quotient(id), first = (id - set * entries) * w.chunk;
         const char* const x = w.x + set_offset<kX>(w, set);
         const T origin = sizeof(T) == 8 && w.center ? static_cast<T>(Lanes<X>::load(x)) : T(0);
@@ -159,7 +162,8 @@ NK_KERNEL(kBlock) rows_moments(NK_WORK(Work) w) {
 
 // y, a warp to a leaf. From the end: what was read last is still in the L2 cache.
 template <class X>
-NK_KERNEL(kBlock) rows_apply(NK_WORK(Work) w) {
+NK_KERNEL(kBlock)
+rows_apply(NK_WORK(Work) w) {
     using T = Compute<X>;
     const int lane = threadIdx.x % kWarp;
     const index_t leaves = w.leaves.divisor, total = w.sets * leaves, per_block = blockDim.x / kWarp;
@@ -242,10 +246,11 @@ NK_DEVICE void add_to(T* at, const T* terms) {
     }
 }
 
-// Shared memory: Pair<double>[2 * leaves of the set + cells] where more than one warp works on a set; then what is summed
-// by element (two numbers for each element of a leaf), or with kShared the vectors held.
+// Shared memory: Pair<double>[2 * leaves of the set + cells] where more than one warp works on a set; then what is
+// summed by element (two numbers for each element of a leaf), or with kShared the vectors held.
 template <class X, bool kShared>
-NK_KERNEL(kMostWarps * kWarp) rows_backward(NK_WORK(Work) w) {
+NK_KERNEL(kMostWarps* kWarp)
+rows_backward(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int V = kVector<X>, kItems = kSumItems<X>;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -313,9 +318,8 @@ NK_KERNEL(kMostWarps * kWarp) rows_backward(NK_WORK(Work) w) {
                 }
             }
             if (cells == 1 && w.cell_sums && rank == 0 && lane == 0) w.cell_sums[set] = sum;
-            sum = add_entries(cells, lane, [&](index_t c) {
-                return weighted_cell<X>(w, set, c, cells > 1 ? cell_parts[c] : sum);
-            });
+            sum = add_entries(cells, lane,
+                              [&](index_t c) { return weighted_cell<X>(w, set, c, cells > 1 ? cell_parts[c] : sum); });
             const DxTerms<T> terms = dx_terms(s, set_means<X>(w, sum));
 
             if (!w.y && !w.by_element) continue;
@@ -362,7 +366,8 @@ NK_KERNEL(kMostWarps * kWarp) rows_backward(NK_WORK(Work) w) {
 
 // Sums of entries to the workspace, a warp to each.
 template <class X>
-NK_KERNEL(kBlock) rows_sums(NK_WORK(Work) w) {
+NK_KERNEL(kBlock)
+rows_sums(NK_WORK(Work) w) {
     using T = Compute<X>;
     const int lane = threadIdx.x % kWarp;
     const index_t entries = w.entries.divisor, per_block = blockDim.x / kWarp;
@@ -392,7 +397,8 @@ NK_KERNEL(kBlock) rows_sums(NK_WORK(Work) w) {
 
 // dx, a warp to a leaf of each set of a team; by_element: and the sums down these sets, in registers.
 template <class X>
-NK_KERNEL(kBlock) rows_dx(NK_WORK(Work) w) {
+NK_KERNEL(kBlock)
+rows_dx(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int V = kVector<X>, kElements = kSumItems<X> * V;
     const int lane = threadIdx.x % kWarp;
@@ -415,8 +421,8 @@ NK_KERNEL(kBlock) rows_dx(NK_WORK(Work) w) {
             HeldSum<X> hx, hdy;
             hx.template load<kX>(w, w.x + set_offset<kX>(w, set), first, valid, lane);
             hdy.template load<kDy>(w, w.dy + set_offset<kDy>(w, set), first, valid, lane);
-            write_dx<X>(w, w.y ? w.y + set_offset<kY>(w, set) : nullptr, set_offset<kWeight>(w, set), first, valid, lane,
-                        hx, hdy, s, dx_terms(s, mean), [&](int j) {
+            write_dx<X>(w, w.y ? w.y + set_offset<kY>(w, set) : nullptr, set_offset<kWeight>(w, set), first, valid,
+                        lane, hx, hdy, s, dx_terms(s, mean), [&](int j) {
                             NORMKIT_UNROLL
                             for (int k = 0; k < V; ++k) {
                                 const T v = hdy[j * V + k];

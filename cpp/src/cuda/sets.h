@@ -8,7 +8,8 @@ namespace normkit::cuda {
 
 // A warp for each set: merges its entries; does the set again in double where they can't be trusted.
 template <class X>
-NK_KERNEL(kBlock) finish_sets(NK_WORK(Work) w) {
+NK_KERNEL(kBlock)
+finish_sets(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int kItems = kLeafItems<X>, kElements = kItems * kVector<X>;
     const int lane = threadIdx.x % kWarp;
@@ -56,8 +57,7 @@ NK_KERNEL(kBlock) finish_sets(NK_WORK(Work) w) {
                 Moments entry;
                 const index_t end = (i + 1) * w.chunk < leaves ? (i + 1) * w.chunk : leaves;
                 for_leaves(i * w.chunk, end, [&](int count, int valid, const Held<X, kItems>& h) {
-                    entry.merge(
-                        scaled_moments<X>(count, valid, w.center, scale, origin, [&](int e) { return h[e]; }));
+                    entry.merge(scaled_moments<X>(count, valid, w.center, scale, origin, [&](int e) { return h[e]; }));
                 });
                 if ((i & (lanes - 1)) == (lane & (lanes - 1))) mine.merge(entry);
             }
@@ -72,29 +72,30 @@ NK_KERNEL(kBlock) finish_sets(NK_WORK(Work) w) {
 
 // Statistics that are given, as kernels read them; a thread for each set.
 template <class X>
-NK_KERNEL(kBlock) given_statistics(NK_WORK(Work) w) {
-    for (index_t set = index_t{blockIdx.x} * blockDim.x + threadIdx.x; set < w.sets; set += index_t{gridDim.x} * blockDim.x) {
+NK_KERNEL(kBlock)
+given_statistics(NK_WORK(Work) w) {
+    for (index_t set = index_t{blockIdx.x} * blockDim.x + threadIdx.x; set < w.sets;
+         set += index_t{gridDim.x} * blockDim.x) {
         static_cast<Split<Compute<X>>*>(w.statistics)[set] = given_split<X>(w, set);
     }
 }
 
 // A warp for each set: entries to cells, cells to the two means of the set.
 template <class X>
-NK_KERNEL(kBlock) finish_sums(NK_WORK(Work) w) {
+NK_KERNEL(kBlock)
+finish_sums(NK_WORK(Work) w) {
     const int lane = threadIdx.x % kWarp;
     const index_t cells = w.cells.divisor, per_block = blockDim.x / kWarp;
     for (index_t set = blockIdx.x * per_block + threadIdx.x / kWarp; set < w.sets; set += gridDim.x * per_block) {
         NORMKIT_ROLLED
         for (index_t c = 0; c < cells; ++c) {
-            const Pair<double> sum = add_entries(w.entries.divisor, lane, [&](index_t i) {
-                return w.sums[entry_place(w, set * cells + c, i)];
-            });
+            const Pair<double> sum = add_entries(w.entries.divisor, lane,
+                                                 [&](index_t i) { return w.sums[entry_place(w, set * cells + c, i)]; });
             if (lane == 0) w.cell_sums[set * cells + c] = sum;
         }
         warp_barrier();
-        const Pair<double> sum = add_entries(cells, lane, [&](index_t c) {
-            return weighted_cell<X>(w, set, c, w.cell_sums[set * cells + c]);
-        });
+        const Pair<double> sum = add_entries(
+            cells, lane, [&](index_t c) { return weighted_cell<X>(w, set, c, w.cell_sums[set * cells + c]); });
         if (lane == 0) static_cast<Pair<Compute<X>>*>(w.set_sums)[set] = set_means<X>(w, sum);
     }
 }
@@ -102,11 +103,13 @@ NK_KERNEL(kBlock) finish_sums(NK_WORK(Work) w) {
 // Gradients of parameters where neither walk comes by them: a team of w.height threads sums the elements of one. Here
 // axis[0, kept) tells parameters apart and axis[kept, axes) is summed. Shared memory: Pair<double> for each warp.
 template <class X>
-NK_KERNEL(kBlock) sum_parameters(NK_WORK(Work) w, NK_WORK(Fold) fold) {
+NK_KERNEL(kBlock)
+sum_parameters(NK_WORK(Work) w, NK_WORK(Fold) fold) {
     using T = Compute<X>;
     Pair<double>* const parts = reinterpret_cast<Pair<double>*>(shared_memory());
     const int per_block = blockDim.x / w.height, team = threadIdx.x / w.height, rank = threadIdx.x % w.height;
-    for (index_t first = index_t{blockIdx.x} * per_block; first < fold.parameters; first += index_t{gridDim.x} * per_block) {
+    for (index_t first = index_t{blockIdx.x} * per_block; first < fold.parameters;
+         first += index_t{gridDim.x} * per_block) {
         const index_t p = first + team;
         Pair<double> sum{0, 0};
         if (p < fold.parameters) {
@@ -133,7 +136,8 @@ NK_KERNEL(kBlock) sum_parameters(NK_WORK(Work) w, NK_WORK(Fold) fold) {
         }
         if (rank != 0 || p >= fold.parameters) continue;
         const index_t to = set_offset<kGradient>(w, p);
-        if (fold.dweight) store_any(fold.dweight + to * size_on_device(fold.dweight_dtype), fold.dweight_dtype, sum.g_xhat);
+        if (fold.dweight)
+            store_any(fold.dweight + to * size_on_device(fold.dweight_dtype), fold.dweight_dtype, sum.g_xhat);
         if (fold.dbias) store_any(fold.dbias + to * size_on_device(fold.dbias_dtype), fold.dbias_dtype, sum.g);
     }
 }
@@ -141,7 +145,8 @@ NK_KERNEL(kBlock) sum_parameters(NK_WORK(Work) w, NK_WORK(Fold) fold) {
 // Gradients of parameters from partial sums: 32 parameters by 32 threads, which take every 32nd summand; then these in
 // order. Shared memory: Pair<double>[32][33].
 template <class T>
-NK_KERNEL(1024) fold_parameters(NK_WORK(Fold) fold) {
+NK_KERNEL(1024)
+fold_parameters(NK_WORK(Fold) fold) {
     Pair<double>* const parts = reinterpret_cast<Pair<double>*>(shared_memory());
     const int x = threadIdx.x % kWarp, y = threadIdx.x / kWarp;
     const auto place = [&](int begin, int end, index_t i, bool gradient) {
@@ -175,7 +180,8 @@ NK_KERNEL(1024) fold_parameters(NK_WORK(Fold) fold) {
                 sum.g_xhat += parts[i * (kWarp + 1) + x].g_xhat;
             }
             const index_t to = place(0, fold.index, p, true);
-            if (fold.dweight) store_any(fold.dweight + to * size_on_device(fold.dweight_dtype), fold.dweight_dtype, sum.g_xhat);
+            if (fold.dweight)
+                store_any(fold.dweight + to * size_on_device(fold.dweight_dtype), fold.dweight_dtype, sum.g_xhat);
             if (fold.dbias) store_any(fold.dbias + to * size_on_device(fold.dbias_dtype), fold.dbias_dtype, sum.g);
         }
         block_barrier();
@@ -183,7 +189,8 @@ NK_KERNEL(1024) fold_parameters(NK_WORK(Fold) fold) {
 }
 
 NK_KERNEL(kBlock) pack_parameter(NK_WORK(Pack) pack) {
-    for (index_t i = index_t{blockIdx.x} * blockDim.x + threadIdx.x; i < pack.count; i += index_t{gridDim.x} * blockDim.x) {
+    for (index_t i = index_t{blockIdx.x} * blockDim.x + threadIdx.x; i < pack.count;
+         i += index_t{gridDim.x} * blockDim.x) {
         index_t at = 0, rest = i;
         NORMKIT_ROLLED
         for (int k = pack.axes - 1; k >= 0; --k) {
@@ -200,10 +207,11 @@ NK_KERNEL(kBlock) pack_parameter(NK_WORK(Pack) pack) {
     }
 }
 
-// running = (1 - momentum) * running + momentum * new, the new variance divided by n - ddof. Instance norm averages over
-// the samples.
+// running = (1 - momentum) * running + momentum * new, the new variance divided by n - ddof. Instance norm averages
+// over the samples.
 NK_KERNEL(kBlock) update_running(NK_WORK(Running) r) {
-    for (index_t c = index_t{blockIdx.x} * blockDim.x + threadIdx.x; c < r.channels; c += index_t{gridDim.x} * blockDim.x) {
+    for (index_t c = index_t{blockIdx.x} * blockDim.x + threadIdx.x; c < r.channels;
+         c += index_t{gridDim.x} * blockDim.x) {
         double mean = 0, var = 0;
         for (index_t n = 0; n < r.samples; ++n) {
             mean += r.new_mean[n * r.channels + c] / static_cast<double>(r.samples);
@@ -230,7 +238,8 @@ NK_KERNEL(kBlock) use_running(NK_WORK(Running) r) {
 }
 
 NK_KERNEL(kBlock) fill_with_nan(NK_WORK(Fill) fill) {
-    for (index_t i = index_t{blockIdx.x} * blockDim.x + threadIdx.x; i < fill.count; i += index_t{gridDim.x} * blockDim.x) {
+    for (index_t i = index_t{blockIdx.x} * blockDim.x + threadIdx.x; i < fill.count;
+         i += index_t{gridDim.x} * blockDim.x) {
         NORMKIT_ROLLED
         for (int k = 0; k < 3; ++k) {
             if (fill.to[k]) fill.to[k][i] = as_double(0, 0x7ff80000u);

@@ -43,8 +43,8 @@ void run(void (*kernel)(Arguments...), const Launch& launch, Stream stream, Argu
               name_of(launch.kernel));
     }
     void* pointers[] = {&arguments...};
-    check(cudaLaunchKernel(entry, dim3(static_cast<unsigned>(launch.grid)), dim3(static_cast<unsigned>(launch.threads)), pointers,
-                           static_cast<std::size_t>(launch.shared), static_cast<cudaStream_t>(stream)),
+    check(cudaLaunchKernel(entry, dim3(static_cast<unsigned>(launch.grid)), dim3(static_cast<unsigned>(launch.threads)),
+                           pointers, static_cast<std::size_t>(launch.shared), static_cast<cudaStream_t>(stream)),
           name_of(launch.kernel));
 }
 

@@ -1,10 +1,11 @@
 // What a kernel is told: memory, the split of every sum, and where in the workspace partial results lie. Plain data,
 // filled by the planner (launch.cpp) and passed by value.
 //
-// The elements of a set are numbered 0 to set_size - 1 in the order of the plan. A *leaf* is a piece of them that the 32
-// lanes of one warp hold in registers. An *entry* is the sum of one leaf or, in sets of more than kMostEntries leaves, of
-// several one after another. A *cell* is the part of a set with one weight; entries don't cross it. All this follows from
-// shape, strides and dtype, so bits don't depend on which kernel computes a leaf, on which multiprocessor, nor when.
+// The elements of a set are numbered 0 to set_size - 1 in the order of the plan. A *leaf* is a piece of them that the
+// 32 lanes of one warp hold in registers. An *entry* is the sum of one leaf or, in sets of more than kMostEntries
+// leaves, of several one after another. A *cell* is the part of a set with one weight; entries don't cross it. All this
+// follows from shape, strides and dtype, so bits don't depend on which kernel computes a leaf, on which multiprocessor,
+// nor when.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +32,8 @@ template <class X>
 constexpr int kSumItems = kLeafItems<X> / 2;
 constexpr int kColumnRows = 8;  // rows of a leaf in the columns walk: one lane of it is in one thread
 
-// Division by a constant, without a branch: Granlund and Montgomery, "Division by invariant integers using multiplication"
-// (1994), fig. 4.1, for numerators below 2^63, where the sum can't overflow.
+// Division by a constant, without a branch: Granlund and Montgomery, "Division by invariant integers using
+// multiplication" (1994), fig. 4.1, for numerators below 2^63, where the sum can't overflow.
 struct Division {
     index_t divisor = 1;
     std::uint64_t multiplier = 1;
@@ -112,8 +113,8 @@ struct Work {
 
     index_t sets, set_size;
 
-    // Rows. packed: a lane holds 16 bytes of neighbours at a time (else neighbouring lanes hold neighbours): a matter of
-    // extents. vector: and they are aligned, so they are one access: a matter of addresses too.
+    // Rows. packed: a lane holds 16 bytes of neighbours at a time (else neighbouring lanes hold neighbours): a matter
+    // of extents. vector: and they are aligned, so they are one access: a matter of addresses too.
     bool packed, vector;
     bool weight_in_sums;  // cells have no one weight: the backward sums are of w * dy
     int leaf;             // elements
@@ -132,23 +133,23 @@ struct Work {
     // lanes_vector: as above, of the lanes.
     bool lanes_packed, lanes_vector;
     int width, height;
-    Division tiles;  // blocks side by side
+    Division tiles;                   // blocks side by side
     bool weight_by_row, bias_by_row;  // the parameter is one for all lanes of a row
 
-    // Resident rows: warps of a set; reload: it is read again, from the L2 cache, instead of being held. Sets that a team
-    // of warps does one after another, summing their gradients by element; the same number of sets in rows_dx.
+    // Resident rows: warps of a set; reload: it is read again, from the L2 cache, instead of being held. Sets that a
+    // team of warps does one after another, summing their gradients by element; the same number of sets in rows_dx.
     int warps;
     bool reload;
     bool by_element;
     index_t sets_per_team;
 
     // In the workspace; what a call does not need is null.
-    void* statistics;     // Split<T> of a set
-    Partial* moments;     // of entries
-    Pair<double>* sums;   // of entries
+    void* statistics;    // Split<T> of a set
+    Partial* moments;    // of entries
+    Pair<double>* sums;  // of entries
     Pair<double>* cell_sums;
-    void* set_sums;       // Pair<T>: mean_g, mean_g_xhat of a set
-    void* element_sums;   // Pair<T> of element e, summed over the sets of team t: [t * set_size + e]
+    void* set_sums;      // Pair<T>: mean_g, mean_g_xhat of a set
+    void* element_sums;  // Pair<T> of element e, summed over the sets of team t: [t * set_size + e]
 };
 
 // Gradients of parameters from cells, or from the partial sums of teams: parameter i adds up the entries that lie along
