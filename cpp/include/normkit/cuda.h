@@ -1,9 +1,9 @@
 // The operations of normkit.h on a GPU. Every pointer, those in the views included, is to memory of `device`. Work is
 // enqueued on `stream` and nothing is waited for; the calls can be captured in a CUDA graph. Link normkit::cuda.
 //
-// They differ from normkit.h in this: evaluate can't see a negative running variance, it gives NaN there;
-// this_thread_should_stop and the number of threads mean nothing; the bits are not those of the CPU. They are the same
-// from run to run, alone and in a batch, and for any number of multiprocessors.
+// They differ from normkit.h in this: elements must lie at multiples of their size; evaluate can't see a negative
+// running variance, it gives NaN there; this_thread_should_stop and the number of threads mean nothing; the bits are
+// not those of the CPU. They are the same from run to run, alone and in a batch, and for any number of multiprocessors.
 #pragma once
 
 #include <cstddef>
@@ -31,7 +31,7 @@ bool forward(const Spec& spec, const Forward& args, int device, Stream stream);
 bool evaluate(const Spec& spec, const Evaluate& args, int device, Stream stream);
 bool backward(const Spec& spec, const Backward& args, int device, Stream stream);
 
-// Memory in the order of a stream (cudaMallocAsync): what the operations take their workspace from.
+// Memory in the order of a stream, from a pool of the library's own: what the operations take their workspace from.
 void* allocate(std::size_t bytes, int device, Stream stream);
 void deallocate(void* p, int device, Stream stream) noexcept;
 

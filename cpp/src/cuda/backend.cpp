@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <string>
 
 #include "normkit/cuda.h"
@@ -57,6 +59,28 @@ class Guard {
     bool changed_ = false;
 };
 
+// Memory that is freed stays with the library, for its next call: the default pool of a device gives it back at every
+// synchronization, and getting it again costs more than most norms. More than this goes back to the device.
+constexpr std::uint64_t kKeptBytes = std::uint64_t{256} << 20;
+
+cudaMemPool_t pool_of(int device) {
+    static std::mutex mutex;
+    static std::map<int, cudaMemPool_t> pools;  // they live as long as the process
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = pools.find(device);
+    if (found != pools.end()) return found->second;
+    cudaMemPoolProps properties = {};
+    properties.allocType = cudaMemAllocationTypePinned;
+    properties.location.type = cudaMemLocationTypeDevice;
+    properties.location.id = device;
+    cudaMemPool_t pool = nullptr;
+    check(cudaMemPoolCreate(&pool, &properties), "making a pool of memory");
+    std::uint64_t kept = kKeptBytes;
+    check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept), "making a pool of memory");
+    pools[device] = pool;
+    return pool;
+}
+
 class Gpu : public Machine {
   public:
     Gpu(int device, Stream stream) : guard_(device), device_(device), stream_(static_cast<cudaStream_t>(stream)) {}
@@ -70,7 +94,8 @@ class Gpu : public Machine {
     }
     void* allocate(index_t bytes) override {
         void* p = nullptr;
-        check(cudaMallocAsync(&p, static_cast<std::size_t>(bytes), stream_), "allocating workspace");
+        check(cudaMallocFromPoolAsync(&p, static_cast<std::size_t>(bytes), pool_of(device_), stream_),
+              "allocating memory");
         return p;
     }
     void deallocate(void* p) noexcept override { cudaFreeAsync(p, stream_); }

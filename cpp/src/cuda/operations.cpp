@@ -2,6 +2,8 @@
 #include "operations.h"
 
 #include <algorithm>
+#include <cstdint>
+#include <initializer_list>
 
 #include "../checks.h"
 #include "normkit/cuda.h"
@@ -73,6 +75,19 @@ ForwardCall call_on(const Args& args) {
     return call;
 }
 
+// A GPU reads no element that lies across the multiples of its size.
+bool lie_well(std::initializer_list<const View*> views) {
+    for (const View* v : views) {
+        if (!v->given() || v->size() == 0) continue;
+        const index_t size = size_of(v->dtype);
+        if (reinterpret_cast<std::uintptr_t>(v->data) % static_cast<std::uintptr_t>(size) != 0) return false;
+        for (int d = 0; d < v->ndim; ++d) {
+            if (v->shape[d] > 1 && v->strides[d] % size != 0) return false;
+        }
+    }
+    return true;
+}
+
 Running running_of(const View& mean, const View& var) {
     Running r{};
     r.mean = static_cast<char*>(mean.data);
@@ -91,6 +106,7 @@ const Path& this_thread_last_path() { return last_path; }
 bool forward(const Spec& spec, const Forward& args, Machine& machine) {
     Problem p;
     if (!forward_fits(spec, args, &p)) return false;
+    if (!lie_well({&args.x, &args.y, &args.weight, &args.bias, &args.running_mean, &args.running_var})) return false;
     Launches launches;
     if (args.x.size() == 0) {
         launches.fill = {{args.mean, args.rstd, args.M2}, number_of_sets(p)};
@@ -128,6 +144,7 @@ bool forward(const Spec& spec, const Forward& args, Machine& machine) {
 bool evaluate(const Spec& spec, const Evaluate& args, Machine& machine) {
     Problem p;
     if (!evaluate_fits(spec, args, &p)) return false;
+    if (!lie_well({&args.x, &args.y, &args.weight, &args.bias, &args.running_mean, &args.running_var})) return false;
     const index_t channels = args.x.shape[spec.channel_axis], sets = number_of_sets(p);
     last_path = {};
     if (sets == 0) return true;
@@ -157,6 +174,7 @@ bool backward(const Spec& spec, const Backward& args, Machine& machine) {
     Problem p;
     index_t parameters;
     if (!backward_fits(spec, args, &p, &parameters)) return false;
+    if (!lie_well({&args.x, &args.dy, &args.dx, &args.weight, &args.dweight, &args.dbias})) return false;
     last_path = {};
     if (args.x.size() == 0) {
         for (const View* gradient : {&args.dweight, &args.dbias}) {

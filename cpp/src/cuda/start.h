@@ -36,6 +36,7 @@ void check(cudaError_t error, const char* what);
 
 template <class... Arguments>
 void run(void (*kernel)(Arguments...), const Launch& launch, Stream stream, Arguments... arguments) {
+    static_assert((sizeof(Arguments) + ...) <= 4096, "more than every driver passes to a kernel");
     const void* const entry = reinterpret_cast<const void*>(kernel);
     constexpr int kAlwaysThere = 48 * 1024;
     if (launch.shared > kAlwaysThere) {

@@ -35,31 +35,23 @@ constexpr int kColumnRows = 8;  // rows of a leaf in the columns walk: one lane 
 // Division by a constant, without a branch: Granlund and Montgomery, "Division by invariant integers using
 // multiplication" (1994), fig. 4.1, for numerators below 2^63, where the sum can't overflow.
 struct Division {
+    __extension__ using Wide = unsigned __int128;
+
     index_t divisor = 1;
     std::uint64_t multiplier = 1;
     index_t shift = 0;
 
     Division() = default;
-    explicit Division(index_t d) : divisor(d), multiplier(1), shift(0) {
+    explicit Division(index_t d) : divisor(d) {
         while ((std::uint64_t{1} << shift) < static_cast<std::uint64_t>(d)) ++shift;
-        // floor(2^64 * (2^shift - d) / d) + 1, bit by bit: 2^shift - d < d.
-        std::uint64_t rest = (std::uint64_t{1} << shift) - static_cast<std::uint64_t>(d), quotient = 0;
-        for (int i = 0; i < 64; ++i) {
-            rest *= 2;
-            quotient *= 2;
-            if (rest >= static_cast<std::uint64_t>(d)) {
-                rest -= static_cast<std::uint64_t>(d);
-                ++quotient;
-            }
-        }
-        multiplier = quotient + 1;
+        const Wide rest = (std::uint64_t{1} << shift) - static_cast<std::uint64_t>(d);
+        multiplier = static_cast<std::uint64_t>((rest << 64) / static_cast<Wide>(d)) + 1;
     }
     NORMKIT_HOST_DEVICE index_t quotient(index_t n) const {
         const std::uint64_t numerator = static_cast<std::uint64_t>(n);
 #if defined(__CUDA_ARCH__)
         const std::uint64_t high = __umul64hi(numerator, multiplier);
 #else
-        __extension__ using Wide = unsigned __int128;
         const std::uint64_t high = static_cast<std::uint64_t>(static_cast<Wide>(numerator) * multiplier >> 64);
 #endif
         return static_cast<index_t>((high + numerator) >> shift);
