@@ -17,7 +17,7 @@
 #include "../src/dtype.h"
 
 #define NK_DEVICE inline
-#define NK_KERNEL(threads) inline void
+#define NK_KERNEL(threads, blocks) inline
 #define NK_WORK(Type) const Type
 
 struct alignas(16) uint4 {

@@ -25,7 +25,7 @@
 namespace normkit::cuda {
 
 template <class... Arguments>
-void run(void (*kernel)(Arguments...), const Launch& launch, Stream, Arguments... arguments) {
+void run(void (*kernel)(Arguments...), const Launch& launch, const Launches&, Stream, Arguments... arguments) {
     Emulator::get().launch(static_cast<unsigned>(launch.grid), static_cast<unsigned>(launch.threads),
                            static_cast<std::size_t>(launch.shared), [&] { kernel(arguments...); });
 }

@@ -1,5 +1,6 @@
 // The operations of normkit.h on a GPU. Every pointer, those in the views included, is to memory of `device`. Work is
-// enqueued on `stream` and nothing is waited for; the calls can be captured in a CUDA graph. Link normkit::cuda.
+// enqueued on `stream` and nothing is waited for; calls can be captured in a CUDA graph, once the first of their kind
+// has been made outside of it (it loads the kernels). Link normkit::cuda.
 //
 // They differ from normkit.h in this: elements must lie at multiples of their size; evaluate can't see a negative
 // running variance, it gives NaN there; this_thread_should_stop and the number of threads mean nothing; the bits are

@@ -103,8 +103,8 @@ NK_DEVICE void store_lanes(const Work& w, const Column<X>& c, char* at, const ui
 
 // Moments of entries to the workspace. Shared memory: a double and Partial[V] for each thread.
 template <class X>
-NK_KERNEL(kBlock)
-columns_moments(NK_WORK(Work) w) {
+NK_KERNEL(kBlock, 1)
+void columns_moments(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int V = kVector<X>;
     Partial* const parts = reinterpret_cast<Partial*>(shared_memory());
@@ -186,8 +186,8 @@ columns_moments(NK_WORK(Work) w) {
 
 // y, from the end: what was read last is still in the L2 cache.
 template <class X>
-NK_KERNEL(kBlock)
-columns_apply(NK_WORK(Work) w) {
+NK_KERNEL(kBlock, 2)
+void columns_apply(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int V = kVector<X>;
     const index_t total = w.sets / w.axis[w.kept - 1].extent.divisor * w.entries.divisor * w.tiles.divisor;
@@ -228,8 +228,8 @@ columns_apply(NK_WORK(Work) w) {
 
 // Sums of g and g * xhat of entries to the workspace. Shared memory: Pair<double>[V] for each thread.
 template <class X>
-NK_KERNEL(kBlock)
-columns_sums(NK_WORK(Work) w) {
+NK_KERNEL(kBlock, 1)
+void columns_sums(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int V = kVector<X>;
     Pair<double>* const parts = reinterpret_cast<Pair<double>*>(shared_memory());
@@ -299,8 +299,8 @@ columns_sums(NK_WORK(Work) w) {
 }
 
 template <class X>
-NK_KERNEL(kBlock)
-columns_dx(NK_WORK(Work) w) {
+NK_KERNEL(kBlock, 2)
+void columns_dx(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int V = kVector<X>;
     const index_t total = w.sets / w.axis[w.kept - 1].extent.divisor * w.entries.divisor * w.tiles.divisor;

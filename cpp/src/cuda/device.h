@@ -8,9 +8,9 @@
 #if defined(__CUDACC__)
 
 #define NK_DEVICE __device__ __forceinline__
-// One block to a multiprocessor is asked for, so that registers are limited by the threads alone: ptxas would else
-// spill some for more blocks.
-#define NK_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+// `blocks` of a multiprocessor, at least, say how many registers a thread may have. Left to itself ptxas would spill a
+// few for one block more, or take so many that only one fits.
+#define NK_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
 #define NK_WORK(Type) const __grid_constant__ Type
 
 namespace normkit::cuda {

@@ -35,6 +35,7 @@ class Planner {
         out_.count = 0;
         out_.workspace = 0;
         out_.dtype = dtype;
+        out_.shared_bytes = device.shared_bytes;
         w_ = Work{};
         w_.center = plan.center;
         w_.sets = plan.sets;
@@ -250,6 +251,9 @@ class Planner {
 int leaf_items(Dtype dtype) {
     return with_dtype(dtype, [](auto x) { return kLeafItems<decltype(x)>; });
 }
+int most_warps(Dtype dtype) {
+    return with_dtype(dtype, [](auto x) { return kMostWarps<decltype(x)>; });
+}
 int sum_items(Dtype dtype) {
     return with_dtype(dtype, [](auto x) { return kSumItems<decltype(x)>; });
 }
@@ -312,7 +316,7 @@ class ForwardPlanner : Planner {
         if (too_few(w_.sets, leaves)) return false;
         // Sixteen warps that hold their leaves in registers would leave a multiprocessor with one block; in shared
         // memory it has room for two or three, and one loads while another computes.
-        if (leaves <= kMostWarps / 2) {
+        if (leaves <= kHeldWarps) {
             w_.warps = static_cast<int>(leaves);
             out_.add(Kernel::rows_forward, limited(w_.sets), w_.warps * kWarp, parts);
             return true;
@@ -321,7 +325,7 @@ class ForwardPlanner : Planner {
         const index_t held = leaves * (w_.leaf * size_);
         w_.reload = parts + held > device_.shared_bytes;
         if (w_.reload && !stays_in_l2(w_.set_size * size_)) return false;
-        w_.warps = w_.reload || parts + held > device_.shared_bytes / 2 ? kMostWarps : kMostWarps / 2;
+        w_.warps = w_.reload || parts + held > device_.shared_bytes / 2 ? most_warps(dtype_) : kHeldWarps;
         out_.add(Kernel::rows_forward_shared, limited(w_.sets), w_.warps * kWarp, parts + (w_.reload ? 0 : held));
         return true;
     }
@@ -419,7 +423,7 @@ class BackwardPlanner : Planner {
             return true;
         }
         if (too_few(teams, total) || (!call_.dx && !w_.by_element)) return false;
-        if (total <= kMostWarps) {
+        if (total <= most_warps(dtype_)) {
             const index_t shared = parts + total * by_element;
             if (shared > device_.shared_bytes) return false;
             w_.warps = static_cast<int>(total);
@@ -432,7 +436,7 @@ class BackwardPlanner : Planner {
         if (w_.reload && !stays_in_l2(2 * w_.set_size * size_)) return false;
         const index_t shared = parts + (w_.by_element ? total * by_element : w_.reload ? 0 : held);
         if (shared > device_.shared_bytes) return false;
-        w_.warps = kMostWarps;
+        w_.warps = most_warps(dtype_);
         add_resident(Kernel::rows_backward_shared, teams, w_.warps, shared);
         return true;
     }

@@ -65,6 +65,7 @@ struct Launches {
     Fill fill;             // fill_with_nan
     Dtype dtype;
     index_t workspace = 0;  // bytes
+    index_t shared_bytes;   // what the device allows a block
 
     // The workspace has been allocated. Until then pointers into it are offsets.
     void place(char* workspace);

@@ -32,8 +32,8 @@ NK_DEVICE void write_y(const Work& w, char* y, index_t weight, index_t bias, ind
 
 // Shared memory: Partial[leaves] where more than one warp works on a set; kShared: the vectors held.
 template <class X, bool kShared>
-NK_KERNEL(kMostWarps* kWarp)
-rows_forward(NK_WORK(Work) w) {
+NK_KERNEL(kMostWarps<X>* kWarp, 1)
+void rows_forward(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int kItems = kLeafItems<X>, kElements = kItems * kVector<X>;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -136,8 +136,8 @@ rows_forward(NK_WORK(Work) w) {
 
 // Moments of entries to the workspace, a warp to each.
 template <class X>
-NK_KERNEL(kBlock)
-rows_moments(NK_WORK(Work) w) {
+NK_KERNEL(kBlock, 2)
+void rows_moments(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int kItems = kLeafItems<X>;
     const int lane = threadIdx.x % kWarp;
@@ -162,8 +162,8 @@ rows_moments(NK_WORK(Work) w) {
 
 // y, a warp to a leaf. From the end: what was read last is still in the L2 cache.
 template <class X>
-NK_KERNEL(kBlock)
-rows_apply(NK_WORK(Work) w) {
+NK_KERNEL(kBlock, 2)
+void rows_apply(NK_WORK(Work) w) {
     using T = Compute<X>;
     const int lane = threadIdx.x % kWarp;
     const index_t leaves = w.leaves.divisor, total = w.sets * leaves, per_block = blockDim.x / kWarp;
@@ -249,8 +249,8 @@ NK_DEVICE void add_to(T* at, const T* terms) {
 // Shared memory: Pair<double>[2 * leaves of the set + cells] where more than one warp works on a set; then what is
 // summed by element (two numbers for each element of a leaf), or with kShared the vectors held.
 template <class X, bool kShared>
-NK_KERNEL(kMostWarps* kWarp)
-rows_backward(NK_WORK(Work) w) {
+NK_KERNEL(kMostWarps<X>* kWarp, 1)
+void rows_backward(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int V = kVector<X>, kItems = kSumItems<X>;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -366,8 +366,8 @@ rows_backward(NK_WORK(Work) w) {
 
 // Sums of entries to the workspace, a warp to each.
 template <class X>
-NK_KERNEL(kBlock)
-rows_sums(NK_WORK(Work) w) {
+NK_KERNEL(kBlock, 2)
+void rows_sums(NK_WORK(Work) w) {
     using T = Compute<X>;
     const int lane = threadIdx.x % kWarp;
     const index_t entries = w.entries.divisor, per_block = blockDim.x / kWarp;
@@ -397,8 +397,8 @@ rows_sums(NK_WORK(Work) w) {
 
 // dx, a warp to a leaf of each set of a team; by_element: and the sums down these sets, in registers.
 template <class X>
-NK_KERNEL(kBlock)
-rows_dx(NK_WORK(Work) w) {
+NK_KERNEL(kBlock, 2)
+void rows_dx(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int V = kVector<X>, kElements = kSumItems<X> * V;
     const int lane = threadIdx.x % kWarp;

@@ -7,10 +7,10 @@ void start_rows_backward(const Launch& launch, const Launches& all, Stream strea
     with_dtype(all.dtype, [&](auto x) {
         using X = decltype(x);
         switch (launch.kernel) {
-            case Kernel::rows_backward: return run(rows_backward<X, false>, launch, stream, all.work);
-            case Kernel::rows_backward_shared: return run(rows_backward<X, true>, launch, stream, all.work);
-            case Kernel::rows_sums: return run(rows_sums<X>, launch, stream, all.work);
-            default: return run(rows_dx<X>, launch, stream, all.work);
+            case Kernel::rows_backward: return run(rows_backward<X, false>, launch, all, stream, all.work);
+            case Kernel::rows_backward_shared: return run(rows_backward<X, true>, launch, all, stream, all.work);
+            case Kernel::rows_sums: return run(rows_sums<X>, launch, all, stream, all.work);
+            default: return run(rows_dx<X>, launch, all, stream, all.work);
         }
     });
 }

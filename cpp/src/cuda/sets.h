@@ -8,8 +8,8 @@ namespace normkit::cuda {
 
 // A warp for each set: merges its entries; does the set again in double where they can't be trusted.
 template <class X>
-NK_KERNEL(kBlock)
-finish_sets(NK_WORK(Work) w) {
+NK_KERNEL(kBlock, 1)
+void finish_sets(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int kItems = kLeafItems<X>, kElements = kItems * kVector<X>;
     const int lane = threadIdx.x % kWarp;
@@ -72,8 +72,8 @@ finish_sets(NK_WORK(Work) w) {
 
 // Statistics that are given, as kernels read them; a thread for each set.
 template <class X>
-NK_KERNEL(kBlock)
-given_statistics(NK_WORK(Work) w) {
+NK_KERNEL(kBlock, 1)
+void given_statistics(NK_WORK(Work) w) {
     for (index_t set = index_t{blockIdx.x} * blockDim.x + threadIdx.x; set < w.sets;
          set += index_t{gridDim.x} * blockDim.x) {
         static_cast<Split<Compute<X>>*>(w.statistics)[set] = given_split<X>(w, set);
@@ -82,8 +82,8 @@ given_statistics(NK_WORK(Work) w) {
 
 // A warp for each set: entries to cells, cells to the two means of the set.
 template <class X>
-NK_KERNEL(kBlock)
-finish_sums(NK_WORK(Work) w) {
+NK_KERNEL(kBlock, 1)
+void finish_sums(NK_WORK(Work) w) {
     const int lane = threadIdx.x % kWarp;
     const index_t cells = w.cells.divisor, per_block = blockDim.x / kWarp;
     for (index_t set = blockIdx.x * per_block + threadIdx.x / kWarp; set < w.sets; set += gridDim.x * per_block) {
@@ -103,8 +103,8 @@ finish_sums(NK_WORK(Work) w) {
 // Gradients of parameters where neither walk comes by them: a team of w.height threads sums the elements of one. Here
 // axis[0, kept) tells parameters apart and axis[kept, axes) is summed. Shared memory: Pair<double> for each warp.
 template <class X>
-NK_KERNEL(kBlock)
-sum_parameters(NK_WORK(Work) w, NK_WORK(Fold) fold) {
+NK_KERNEL(kBlock, 1)
+void sum_parameters(NK_WORK(Work) w, NK_WORK(Fold) fold) {
     using T = Compute<X>;
     Pair<double>* const parts = reinterpret_cast<Pair<double>*>(shared_memory());
     const int per_block = blockDim.x / w.height, team = threadIdx.x / w.height, rank = threadIdx.x % w.height;
@@ -145,8 +145,8 @@ sum_parameters(NK_WORK(Work) w, NK_WORK(Fold) fold) {
 // Gradients of parameters from partial sums: 32 parameters by 32 threads, which take every 32nd summand; then these in
 // order. Shared memory: Pair<double>[32][33].
 template <class T>
-NK_KERNEL(1024)
-fold_parameters(NK_WORK(Fold) fold) {
+NK_KERNEL(1024, 1)
+void fold_parameters(NK_WORK(Fold) fold) {
     Pair<double>* const parts = reinterpret_cast<Pair<double>*>(shared_memory());
     const int x = threadIdx.x % kWarp, y = threadIdx.x / kWarp;
     const auto place = [&](int begin, int end, index_t i, bool gradient) {
@@ -188,7 +188,7 @@ fold_parameters(NK_WORK(Fold) fold) {
     }
 }
 
-NK_KERNEL(kBlock) pack_parameter(NK_WORK(Pack) pack) {
+NK_KERNEL(kBlock, 1) void pack_parameter(NK_WORK(Pack) pack) {
     for (index_t i = index_t{blockIdx.x} * blockDim.x + threadIdx.x; i < pack.count;
          i += index_t{gridDim.x} * blockDim.x) {
         index_t at = 0, rest = i;
@@ -209,7 +209,7 @@ NK_KERNEL(kBlock) pack_parameter(NK_WORK(Pack) pack) {
 
 // running = (1 - momentum) * running + momentum * new, the new variance divided by n - ddof. Instance norm averages
 // over the samples.
-NK_KERNEL(kBlock) update_running(NK_WORK(Running) r) {
+NK_KERNEL(kBlock, 1) void update_running(NK_WORK(Running) r) {
     for (index_t c = index_t{blockIdx.x} * blockDim.x + threadIdx.x; c < r.channels;
          c += index_t{gridDim.x} * blockDim.x) {
         double mean = 0, var = 0;
@@ -226,7 +226,7 @@ NK_KERNEL(kBlock) update_running(NK_WORK(Running) r) {
 }
 
 // The statistics of an evaluation: every sample has those of its channels.
-NK_KERNEL(kBlock) use_running(NK_WORK(Running) r) {
+NK_KERNEL(kBlock, 1) void use_running(NK_WORK(Running) r) {
     const index_t count = r.channels * r.samples;
     for (index_t i = index_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += index_t{gridDim.x} * blockDim.x) {
         const index_t c = i % r.channels;
@@ -237,7 +237,7 @@ NK_KERNEL(kBlock) use_running(NK_WORK(Running) r) {
     }
 }
 
-NK_KERNEL(kBlock) fill_with_nan(NK_WORK(Fill) fill) {
+NK_KERNEL(kBlock, 1) void fill_with_nan(NK_WORK(Fill) fill) {
     for (index_t i = index_t{blockIdx.x} * blockDim.x + threadIdx.x; i < fill.count;
          i += index_t{gridDim.x} * blockDim.x) {
         NORMKIT_ROLLED

@@ -35,12 +35,15 @@ inline void start(const Launch& launch, const Launches& all, Stream stream) {
 void check(cudaError_t error, const char* what);
 
 template <class... Arguments>
-void run(void (*kernel)(Arguments...), const Launch& launch, Stream stream, Arguments... arguments) {
+void run(void (*kernel)(Arguments...), const Launch& launch, const Launches& all, Stream stream,
+         Arguments... arguments) {
     static_assert((sizeof(Arguments) + ...) <= 4096, "more than every driver passes to a kernel");
     const void* const entry = reinterpret_cast<const void*>(kernel);
     constexpr int kAlwaysThere = 48 * 1024;
     if (launch.shared > kAlwaysThere) {
-        check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(launch.shared)),
+        // The limit of the kernel, not of this launch: another thread may be about to launch it with more.
+        check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(all.shared_bytes)),
               name_of(launch.kernel));
     }
     void* pointers[] = {&arguments...};

@@ -18,7 +18,7 @@ namespace normkit::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kMostEntries = 1024;  // of a cell: 32 for each lane of the warp that merges them
-constexpr int kMostWarps = 16;      // of a resident set: 128 registers are left to a thread
+constexpr int kHeldWarps = 8;       // of a set whose leaves are held in registers, one in each
 constexpr int kBlock = 256;         // threads of the kernels that are not told otherwise
 
 // Accesses are of 16 bytes: so many elements.
@@ -30,6 +30,9 @@ template <class X>
 constexpr int kLeafItems = sizeof(X) == 2 ? 4 : 8;
 template <class X>
 constexpr int kSumItems = kLeafItems<X> / 2;
+// Warps of a resident set: registers of a thread are limited to 128, or 255 where two make a number.
+template <class X>
+constexpr int kMostWarps = sizeof(X) == 8 ? 8 : 16;
 constexpr int kColumnRows = 8;  // rows of a leaf in the columns walk: one lane of it is in one thread
 
 // Division by a constant, without a branch: Granlund and Montgomery, "Division by invariant integers using
