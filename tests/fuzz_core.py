@@ -36,9 +36,9 @@ from normkit import _core
 
 # The positional arguments of the core's functions: the only place that knows them.
 ARGUMENTS = {
-    "forward": "norm x spec weight bias eps out statistics running_mean running_var momentum ddof",
-    "evaluate": "norm x spec weight bias eps out statistics running_mean running_var",
-    "backward": "norm dy x mean rstd spec weight training needs out grad_dtype",
+    "forward": "norm x spec weight bias eps out statistics running_mean running_var momentum ddof stream",
+    "evaluate": "norm x spec weight bias eps out statistics running_mean running_var stream",
+    "backward": "norm dy x mean rstd spec weight training needs out grad_dtype stream",
     "moments": "norm x spec",
     "copy": "source target stream",
     "set_num_threads": "n",
@@ -438,7 +438,9 @@ def examples(draw):
         "grad_dtype": Value(draw(st.integers(0, 2))),
         "source": Array(case.shape),
         "target": Array(case.shape, seed=1),
-        "stream": Value(draw(st.booleans()) if function == "copy" else draw(st.integers(-1, 1))),
+        "stream": Value(
+            draw(st.booleans()) if function == "copy" else draw(st.integers(-1, 1)) if function == "force" else None
+        ),
         "n": Value(draw(st.integers(0, 4))),
         "isa": Value(draw(st.sampled_from((None, *_core.isas())))),
         "split": Value(draw(st.integers(-1, 1))),

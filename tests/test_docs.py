@@ -7,29 +7,30 @@ from pathlib import Path
 
 import pytest
 
+import gpu
 import normkit as nk
 from normkit import functional
 
 # Without annotations. People know these from torch.nn.functional: a change breaks their code.
 SIGNATURES = """
-batch_norm(x, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-05, *, channel_axis=1, ddof=1, out=None)
-batch_norm_forward(x, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-05, *, channel_axis=1, ddof=1, out=None)
-batch_norm_backward(dy, x, mean, rstd, weight=None, training=True, *, channel_axis=1, out=None, needs=('x', 'weight', 'bias'), grad_dtype=None)
-layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-05, *, out=None)
-layer_norm_forward(x, normalized_shape, weight=None, bias=None, eps=1e-05, *, out=None)
-layer_norm_backward(dy, x, mean, rstd, normalized_shape, weight=None, *, out=None, needs=('x', 'weight', 'bias'), grad_dtype=None)
-instance_norm(x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-05, *, channel_axis=1, ddof=1, out=None)
-instance_norm_forward(x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-05, *, channel_axis=1, ddof=1, out=None)
-instance_norm_backward(dy, x, mean, rstd, weight=None, use_input_stats=True, *, channel_axis=1, out=None, needs=('x', 'weight', 'bias'), grad_dtype=None)
-group_norm(x, num_groups, weight=None, bias=None, eps=1e-05, *, channel_axis=1, out=None)
-group_norm_forward(x, num_groups, weight=None, bias=None, eps=1e-05, *, channel_axis=1, out=None)
-group_norm_backward(dy, x, mean, rstd, num_groups, weight=None, *, channel_axis=1, out=None, needs=('x', 'weight', 'bias'), grad_dtype=None)
-rms_norm(x, normalized_shape, weight=None, eps=None, *, out=None)
-rms_norm_forward(x, normalized_shape, weight=None, eps=None, *, out=None)
-rms_norm_backward(dy, x, rstd, normalized_shape, weight=None, *, out=None, needs=('x', 'weight'), grad_dtype=None)
-normalize(x, axes, weight=None, bias=None, eps=1e-05, *, center=True, out=None)
-normalize_forward(x, axes, weight=None, bias=None, eps=1e-05, *, center=True, out=None)
-normalize_backward(dy, x, mean, rstd, axes, weight=None, *, center=True, out=None, needs=('x', 'weight', 'bias'), grad_dtype=None)
+batch_norm(x, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-05, *, channel_axis=1, ddof=1, out=None, stream=None)
+batch_norm_forward(x, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-05, *, channel_axis=1, ddof=1, out=None, stream=None)
+batch_norm_backward(dy, x, mean, rstd, weight=None, training=True, *, channel_axis=1, out=None, needs=('x', 'weight', 'bias'), grad_dtype=None, stream=None)
+layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-05, *, out=None, stream=None)
+layer_norm_forward(x, normalized_shape, weight=None, bias=None, eps=1e-05, *, out=None, stream=None)
+layer_norm_backward(dy, x, mean, rstd, normalized_shape, weight=None, *, out=None, needs=('x', 'weight', 'bias'), grad_dtype=None, stream=None)
+instance_norm(x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-05, *, channel_axis=1, ddof=1, out=None, stream=None)
+instance_norm_forward(x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-05, *, channel_axis=1, ddof=1, out=None, stream=None)
+instance_norm_backward(dy, x, mean, rstd, weight=None, use_input_stats=True, *, channel_axis=1, out=None, needs=('x', 'weight', 'bias'), grad_dtype=None, stream=None)
+group_norm(x, num_groups, weight=None, bias=None, eps=1e-05, *, channel_axis=1, out=None, stream=None)
+group_norm_forward(x, num_groups, weight=None, bias=None, eps=1e-05, *, channel_axis=1, out=None, stream=None)
+group_norm_backward(dy, x, mean, rstd, num_groups, weight=None, *, channel_axis=1, out=None, needs=('x', 'weight', 'bias'), grad_dtype=None, stream=None)
+rms_norm(x, normalized_shape, weight=None, eps=None, *, out=None, stream=None)
+rms_norm_forward(x, normalized_shape, weight=None, eps=None, *, out=None, stream=None)
+rms_norm_backward(dy, x, rstd, normalized_shape, weight=None, *, out=None, needs=('x', 'weight'), grad_dtype=None, stream=None)
+normalize(x, axes, weight=None, bias=None, eps=1e-05, *, center=True, out=None, stream=None)
+normalize_forward(x, axes, weight=None, bias=None, eps=1e-05, *, center=True, out=None, stream=None)
+normalize_backward(dy, x, mean, rstd, axes, weight=None, *, center=True, out=None, needs=('x', 'weight', 'bias'), grad_dtype=None, stream=None)
 set_num_threads(n)
 set_output_cache(limit_bytes)
 get_num_threads()
@@ -59,7 +60,7 @@ def test_signatures():
 
 
 def test_names():
-    assert sorted(nk.__all__) == sorted([*FUNCTIONS, "Moments", "__version__", "moments", "nn"])
+    assert sorted(nk.__all__) == sorted([*FUNCTIONS, "Moments", "__version__", "cuda", "moments", "nn"])
     for name in FUNCTIONS:
         assert getattr(nk, name) is getattr(functional, name)
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", nk.__version__)
@@ -102,7 +103,7 @@ def blocks_of(page):
 def runs_of_pages():
     """Each page without optional packages, and once more with each set of them that some of its blocks ask for."""
     return [
-        pytest.param(page, needs, id="-".join([page.stem, *needs]))
+        pytest.param(page, needs, id="-".join([page.stem, *needs]), marks=[pytest.mark.gpu] if "cuda" in needs else [])
         for page in PAGES
         for needs in dict.fromkeys([(), *(tuple(needs) for _, needs, _ in blocks_of(page))])
     ]
@@ -114,7 +115,10 @@ def runs_of_pages():
 def test_pages(page, needs, tmp_path, monkeypatch):
     """The blocks of a page run in order and share their names; one that starts with >>> is compared with its output."""
     for package in needs:
-        pytest.importorskip(package)
+        if package != "cuda":
+            pytest.importorskip(package)
+        if "cuda" in needs and package in gpu.LIBRARIES and gpu.LIBRARIES[package].absent:
+            pytest.skip(gpu.LIBRARIES[package].absent)
     monkeypatch.chdir(tmp_path)
     names = {"__name__": page.stem}
     for line, needed, code in blocks_of(page):

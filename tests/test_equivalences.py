@@ -8,6 +8,8 @@ import pytest
 import bounds
 from cases import MEMORY, NORMS, OTHERS, Case, ids, in_every_dtype, layouts, random
 
+pytestmark = pytest.mark.any_device
+
 SHAPES = ((4, 6, 35), (3, 6, 14, 13), (2, 4, 3, 5, 6), (1, 3, 61, 67))
 every_shape = pytest.mark.parametrize(
     ("shape", "dtype"),

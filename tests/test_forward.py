@@ -22,6 +22,8 @@ from cases import (
     with_evaluation,
 )
 
+pytestmark = pytest.mark.any_device
+
 EPS = 1e-5
 LAYOUTS = layouts()
 EVERY = in_every_dtype(LAYOUTS, 5)

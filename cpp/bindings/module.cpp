@@ -4,24 +4,20 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include <chrono>
-#include <climits>
-#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <optional>
 #include <string>
-#include <thread>
-#include <tuple>
-#include <utility>
+#include <vector>
 
-#include "normkit/normkit.h"
+#include "arguments.h"
 #include "output_memory.h"
 
 namespace py = pybind11;
 using namespace normkit;
+using namespace normkit::bindings;
 
 namespace {
 
@@ -34,18 +30,8 @@ constexpr int kFloat16Number = 23;  // NPY_HALF, which pybind11 does not list
 
 // Converting a number may run Python, which may give the memory of an array back or change its shape. So numbers come
 // first in every function below, and from the first to_view on nothing runs Python until the work is done.
-
-struct {
-    PyTypeObject *matrix, *masked, *boolean, *complex;
-} numpy_types;  // set on import
-
-void find_numpy_types() {
-    const auto find = [](const char* module, const char* name) {
-        return reinterpret_cast<PyTypeObject*>(py::object(py::module_::import(module).attr(name)).release().ptr());
-    };
-    numpy_types = {find("numpy", "matrix"), find("numpy.ma", "MaskedArray"), find("numpy", "bool_"),
-                   find("numpy", "complexfloating")};
-}
+//
+// `stream` is for arrays on a GPU (_cuda has operations of the same arguments): any but None does not fit here.
 
 // Masked arrays and matrices are arrays that mean something else; other subclasses (memmap) are just arrays.
 bool plain_array(py::handle o) {
@@ -98,112 +84,6 @@ bool to_view(py::handle o, View* view, bool written = false) {
         view->strides[d] = a.strides(d);
     }
     return view->dtype != Dtype::none;
-}
-
-// Drops the error of an argument that can't be converted. What is not about the argument, no memory or Ctrl-C, goes on.
-void drop_error() {
-    if (!PyErr_Occurred()) return;
-    if (PyErr_ExceptionMatches(PyExc_MemoryError) || !PyErr_ExceptionMatches(PyExc_Exception)) {
-        throw py::error_already_set();
-    }
-    PyErr_Clear();
-}
-
-std::optional<index_t> to_index(py::handle o) {
-    if (!PyIndex_Check(o.ptr()) || PyBool_Check(o.ptr())) return std::nullopt;
-    const Py_ssize_t i = PyNumber_AsSsize_t(o.ptr(), PyExc_OverflowError);
-    if (i == -1 && PyErr_Occurred()) {
-        drop_error();
-        return std::nullopt;
-    }
-    return i;
-}
-
-std::optional<double> to_double(py::handle o) {
-    if (!PyFloat_Check(o.ptr()) && !PyLong_CheckExact(o.ptr())) {
-        PyTypeObject* const type = Py_TYPE(o.ptr());
-        if (PyBool_Check(o.ptr()) || PyType_IsSubtype(type, numpy_types.boolean)) return std::nullopt;
-        if (PyType_IsSubtype(type, numpy_types.complex) || !PyNumber_Check(o.ptr())) return std::nullopt;
-        if (py::detail::npy_api::get().PyArray_Check_(o.ptr())) return std::nullopt;
-    }
-    const double v = PyFloat_AsDouble(o.ptr());
-    if (v == -1 && PyErr_Occurred()) {
-        drop_error();
-        return std::nullopt;
-    }
-    return v;
-}
-
-// What `spec` holds: an int, or a sequence of at most kMaxDims ints; none for anything else.
-struct Ints {
-    index_t values[kMaxDims];
-    int count = 0;
-    bool sequence = false;
-};
-
-Ints to_ints(py::handle o) {
-    Ints ints;
-    if (const auto one = to_index(o)) {
-        ints.values[0] = *one;
-        ints.count = 1;
-        return ints;
-    }
-    if (!PySequence_Check(o.ptr()) || PyUnicode_Check(o.ptr()) || PyBytes_Check(o.ptr()) ||
-        PyByteArray_Check(o.ptr()) || PyMemoryView_Check(o.ptr())) {
-        return ints;
-    }
-    ints.sequence = true;
-    const Py_ssize_t n = PySequence_Size(o.ptr());
-    if (n < 0 || n > kMaxDims) {
-        drop_error();
-        return ints;
-    }
-    for (Py_ssize_t i = 0; i < n; ++i) {
-        const auto item = py::reinterpret_steal<py::object>(PySequence_GetItem(o.ptr(), i));
-        const auto index = item ? to_index(item) : std::nullopt;
-        if (!index) {
-            drop_error();
-            return ints;
-        }
-        ints.values[i] = *index;
-    }
-    ints.count = static_cast<int>(n);
-    return ints;
-}
-
-bool to_axis(index_t axis, int ndim, int* out) {
-    if (axis < -ndim || axis >= ndim) return false;
-    *out = static_cast<int>(axis < 0 ? axis + ndim : axis);
-    return true;
-}
-
-bool to_spec(int norm, const Ints& ints, const View& x, Spec* spec) {
-    const int n = ints.count;
-    const index_t* const values = ints.values;
-    if (norm < 0 || norm >= kNormCount || !x.given() || n < 1) return false;
-    spec->norm = static_cast<Norm>(norm);
-    switch (spec->norm) {
-        case Norm::batch:
-        case Norm::instance: return !ints.sequence && to_axis(values[0], x.ndim, &spec->channel_axis);
-        case Norm::group:
-            spec->num_groups = values[0];
-            return n == 2 && to_axis(values[1], x.ndim, &spec->channel_axis);
-        case Norm::layer:
-        case Norm::rms:
-            spec->normalized_dims = n;
-            if (n > x.ndim) return false;
-            for (int i = 0; i < n; ++i) {
-                if (values[i] != x.shape[x.ndim - n + i]) return false;
-            }
-            return true;
-        default:
-            for (int i = 0; i < n; ++i) {
-                int axis;
-                if (!to_axis(values[i], x.ndim, &axis) || (spec->axes >> axis & 1)) return false;
-                spec->axes |= 1u << axis;
-            }
-            return true;
-    }
 }
 
 // ------------------------------------------------------------------------------------------------------------ results
@@ -287,34 +167,14 @@ py::array new_array(py::dtype dtype, int ndim, const Py_ssize_t* shape, const Py
 // A new array like x, its axes in the order of x's memory.
 py::array empty_like(const View& x, const py::dtype& dtype) {
     Py_ssize_t shape[kMaxDims], strides[kMaxDims];
-    int order[kMaxDims];
-    for (int d = 0; d < x.ndim; ++d) {
-        shape[d] = x.shape[d];
-        int place = d;
-        const index_t stride = std::abs(x.strides[d]);
-        for (int j = d - 1; j >= 0 && stride != 0; --j) {
-            const index_t other = std::abs(x.strides[order[j]]);
-            if (other == 0) continue;
-            if (other >= stride) break;
-            place = j;
-        }
-        for (int j = d; j > place; --j) order[j] = order[j - 1];
-        order[place] = d;
-    }
-    Py_ssize_t stride = dtype.itemsize();
-    for (int j = x.ndim - 1; j >= 0; --j) {
-        strides[order[j]] = stride;
-        stride *= shape[order[j]] > 0 ? shape[order[j]] : 1;
-    }
+    for (int d = 0; d < x.ndim; ++d) shape[d] = x.shape[d];
+    strides_like(x, dtype.itemsize(), strides);
     return new_array(dtype, x.ndim, shape, strides);
 }
 
 py::array empty(const py::dtype& dtype, const index_t* shape, int ndim) {
-    Py_ssize_t strides[kMaxDims], stride = dtype.itemsize();
-    for (int d = ndim - 1; d >= 0; --d) {
-        strides[d] = stride;
-        stride *= shape[d] > 0 ? shape[d] : 1;
-    }
+    Py_ssize_t strides[kMaxDims];
+    strides_in_order(shape, ndim, dtype.itemsize(), strides);
     return new_array(dtype, ndim, shape, strides);
 }
 
@@ -350,28 +210,6 @@ std::optional<py::array> statistics_array(const Spec& spec, const View& x, py::h
     }
     constexpr int kAsTheCoreReads = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
     return py::array_t<double, kAsTheCoreReads>(py::reinterpret_borrow<py::object>(o));
-}
-
-bool is_finalizing() {
-#if PY_VERSION_HEX >= 0x030D0000
-    return Py_IsFinalizing();
-#else
-    return _Py_IsFinalizing();
-#endif
-}
-
-// Takes the GIL again. A daemon thread may come here while the interpreter ends; Python then ends the thread by an
-// exception that no frame of C++ can let pass (Python 3.14 lets it sleep). So does this: the process ends without it.
-void take_gil(PyThreadState* state) {
-    const auto sleep = [] {
-        for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
-    };
-    if (is_finalizing()) sleep();
-    try {
-        PyEval_RestoreThread(state);
-    } catch (...) {
-        sleep();
-    }
 }
 
 thread_local PyThreadState* waiting_state = nullptr;  // of the call in progress on this thread, without the GIL
@@ -461,7 +299,8 @@ py::object run_forward(int norm, py::handle x, py::handle spec_object, py::handl
 
 py::object py_forward(int norm, py::handle x, py::handle spec, py::handle weight, py::handle bias, py::handle eps,
                       py::handle out, bool statistics, py::handle running_mean, py::handle running_var,
-                      py::handle momentum, py::handle ddof) {
+                      py::handle momentum, py::handle ddof, py::handle stream) {
+    if (!stream.is_none()) return py::none();
     const auto momentum_value = to_double(momentum), ddof_value = to_double(ddof);
     if (!momentum_value || !ddof_value) return py::none();
     Forward args;
@@ -472,7 +311,9 @@ py::object py_forward(int norm, py::handle x, py::handle spec, py::handle weight
 }
 
 py::object py_evaluate(int norm, py::handle x, py::handle spec, py::handle weight, py::handle bias, py::handle eps,
-                       py::handle out, bool statistics, py::handle running_mean, py::handle running_var) {
+                       py::handle out, bool statistics, py::handle running_mean, py::handle running_var,
+                       py::handle stream) {
+    if (!stream.is_none()) return py::none();
     Evaluate args;
     return run_forward(norm, x, spec, weight, bias, eps, out, statistics, running_mean, running_var, false, args,
                        [](const Spec& s, const Evaluate& a) { return evaluate(s, a); });
@@ -496,9 +337,9 @@ std::optional<py::array> gradient_array(const Spec& spec, py::handle x, const Vi
 
 // needs: 1 for dx, 2 for dweight, 4 for dbias.
 py::object py_backward(int norm, py::handle dy, py::handle x, py::handle mean, py::handle rstd, py::handle spec_object,
-                       py::handle weight, bool training, int needs, py::handle out, int grad_dtype) {
+                       py::handle weight, bool training, int needs, py::handle out, int grad_dtype, py::handle stream) {
     const Ints ints = to_ints(spec_object);
-    if (grad_dtype < 0 || grad_dtype > 2) return py::none();
+    if (grad_dtype < 0 || grad_dtype > 2 || !stream.is_none()) return py::none();
     Backward args;
     Spec spec;
     if (!to_view(dy, &args.dy) || !to_view(x, &args.x) || !to_spec(norm, ints, args.x, &spec) ||
@@ -547,63 +388,6 @@ py::object py_moments(int norm, py::handle x, py::handle spec_object) {
     index_t sets = 1;
     for (int d = 0; d < ndim; ++d) sets *= shape[d];
     return py::make_tuple(sets > 0 ? args.x.size() / sets : 0, mean, M2);
-}
-
-// The operations as Python calls them. pybind11's own dispatch, which finds the overload and converts each argument in
-// lists on the heap, takes a fifth of a layer norm of one short row.
-
-void to_argument(PyObject* o, py::handle* argument) { *argument = o; }
-
-void to_argument(PyObject* o, int* argument) {
-    int overflow;
-    const long value = PyLong_AsLongAndOverflow(o, &overflow);
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    if (overflow != 0 || value < INT_MIN || value > INT_MAX)
-        throw py::type_error("normkit._core expects a C int, got more");
-    *argument = static_cast<int>(value);
-}
-
-void to_argument(PyObject* o, bool* argument) {
-    if (!PyBool_Check(o)) throw py::type_error(std::string("normkit._core expects a bool, got ") + Py_TYPE(o)->tp_name);
-    *argument = o == Py_True;
-}
-
-template <class... Arguments, std::size_t... i>
-PyObject* call_with(py::object (*f)(Arguments...), PyObject* const* given, std::index_sequence<i...>) {
-    std::tuple<Arguments...> arguments;
-    (to_argument(given[i], &std::get<i>(arguments)), ...);
-    return f(std::get<i>(arguments)...).release().ptr();
-}
-
-template <class... Arguments>
-PyObject* check_and_call(py::object (*f)(Arguments...), PyObject* const* given, Py_ssize_t count) try {
-    constexpr Py_ssize_t kExpected = sizeof...(Arguments);
-    if (count != kExpected) {
-        throw py::type_error("this function of normkit._core takes " + std::to_string(kExpected) + " arguments, got " +
-                             std::to_string(count) + "; use the public ones");
-    }
-    return call_with(f, given, std::index_sequence_for<Arguments...>());
-} catch (py::error_already_set& error) {
-    error.restore();
-    return nullptr;
-} catch (const py::builtin_exception& error) {
-    error.set_error();
-    return nullptr;
-} catch (const std::bad_alloc&) {
-    return PyErr_NoMemory();
-} catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-}
-
-template <auto f>
-PyObject* operation(PyObject*, PyObject* const* given, Py_ssize_t count) {
-    return check_and_call(f, given, count);
-}
-
-template <auto f>
-PyMethodDef method(const char* name) {
-    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(operation<f>)), METH_FASTCALL, nullptr};
 }
 
 PyMethodDef operations[] = {

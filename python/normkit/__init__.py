@@ -1,4 +1,4 @@
-"""normkit: every normalization of deep learning, forward and backward, on NumPy arrays.
+"""normkit: every normalization of deep learning, forward and backward, on NumPy arrays and on arrays on a GPU.
 
 One formula carries them all::
 
@@ -21,10 +21,10 @@ function           S, for x of shape (N, C, H, W)                 weight and bia
 Each has a `_forward`, which also returns the statistics, and a `_backward`, which takes them and returns gradients.
 Data is float64, float32, float16 or the bfloat16 of ml_dtypes. No bit of a result depends on the number of threads, nor
 on the instruction set of the machine. `normkit.nn` has layers that keep their own weights, statistics and gradients;
-`moments` and `Moments` are count, mean and M2, to be merged.
+`moments` and `Moments` are count, mean and M2, to be merged. `normkit.cuda` tells whether there is a GPU to compute on.
 """
 
-from . import nn
+from . import cuda, nn
 from ._moments import Moments, moments
 from .functional import (
     batch_norm,
@@ -58,6 +58,7 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_forward",
+    "cuda",
     "get_num_threads",
     "group_norm",
     "group_norm_backward",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import __version__, _core, get_num_threads
+from . import __version__, _core, cuda, get_num_threads
 
 # File names of OpenMP runtimes, those that wheel tools have renamed (libgomp-a34b3233.so.1.0.0) included.
 _OPENMP = re.compile(
@@ -90,6 +90,17 @@ def _import(name: str) -> str:
     return str(getattr(module, "__version__", "version unknown"))
 
 
+def _cuda() -> str:
+    spec = importlib.util.find_spec(f"{__package__}._cuda")
+    if spec is None:
+        return "not built"
+    try:
+        devices = f"devices: {cuda.device_count()}"
+    except ImportError as error:
+        devices = f"cannot be imported: {error}"
+    return f"{spec.origin}; {devices}"
+
+
 def report(modules: Iterable[str] = ()) -> Iterable[tuple[str, str]]:
     """Import `modules`, and yield what there is to say, as label and text."""
     core = "" if _core.__version__ == __version__ else f", core {_core.__version__}"
@@ -104,8 +115,7 @@ def report(modules: Iterable[str] = ()) -> Iterable[tuple[str, str]]:
     yield "threads", f"{get_num_threads()} ({_cores()}; {_setting('OMP_NUM_THREADS')})"
     yield "dtypes", f"{', '.join(_core.dtypes())} (ml_dtypes {_version('ml_dtypes')})"
     yield from _openmp()
-    cuda = importlib.util.find_spec(f"{__package__}._cuda")
-    yield "CUDA", "not built" if cuda is None else f"built: {cuda.origin}"
+    yield "CUDA", _cuda()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,7 +1,8 @@
 """The compiled core. Private: the public functions in `normkit.functional` call it, `normkit._debug` steers it.
 
 All arguments are positional. `forward`, `evaluate`, `backward` and `moments` check all they are given in one pass and
-answer None, having changed nothing, when an argument is not acceptable. That is why arguments are `object` here.
+answer None, having changed nothing, when an argument is not acceptable. That is why arguments are `object` here. Arrays
+on a GPU and a `stream` are not acceptable: they are for `_cuda`, whose operations have the same arguments.
 """
 
 from typing import Any, Literal, overload
@@ -36,6 +37,7 @@ def forward(
     running_var: object,
     momentum: object,
     ddof: object,
+    stream: object,
     /,
 ) -> NDArray[Any] | None: ...
 @overload
@@ -52,6 +54,7 @@ def forward(
     running_var: object,
     momentum: object,
     ddof: object,
+    stream: object,
     /,
 ) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]] | None: ...
 @overload
@@ -66,6 +69,7 @@ def evaluate(
     stats: Literal[False],
     running_mean: object,
     running_var: object,
+    stream: object,
     /,
 ) -> NDArray[Any] | None: ...
 @overload
@@ -80,6 +84,7 @@ def evaluate(
     stats: Literal[True],
     running_mean: object,
     running_var: object,
+    stream: object,
     /,
 ) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]] | None: ...
 
@@ -96,6 +101,7 @@ def backward(
     needs: int,
     out: object,
     grad_dtype: int,
+    stream: object,
     /,
 ) -> tuple[NDArray[Any] | None, NDArray[Any] | None, NDArray[Any] | None] | None: ...
 def moments(norm: int, x: object, spec: object, /) -> tuple[int, NDArray[np.float64], NDArray[np.float64]] | None: ...

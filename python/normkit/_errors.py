@@ -4,6 +4,9 @@ The core checks every argument in one pass and answers None when one is not acce
 then do the functions here look again, find the first argument that breaks a rule, and raise. A good call never comes
 here.
 
+An array on a GPU is known by its description, which has the attributes of NumPy's arrays that are looked at here, and
+the words of its library. What its memory holds is not looked at.
+
 Each function of the first part checks one kind of argument. The second part says, per norm, what its `spec` may be and
 which shapes follow from it. The third composes both into one explanation per operation of the core.
 """
@@ -16,9 +19,10 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _gpu
 from ._core import AXES, AXES_RMS, BATCH, GROUP, INSTANCE, LAYER, RMS, dtypes
 
-Array = NDArray[Any]
+Array = NDArray[Any] | _gpu.Description
 Shape = tuple[int, ...]
 
 _MAX_DIMS = 16  # of the core's views
@@ -32,19 +36,38 @@ class _Kind(NamedTuple):
     way: str
     cast: str = ""  # the way out when only the dtype is wrong, where it is another
     why: str = ""  # what these dtypes follow from
+    place: str = ""  # the GPU that it must be on; empty: it must be NumPy's
 
 
-_X = _Kind(
-    dtypes(), "convert it with np.asarray({name}, dtype=np.float32)", "convert it with {name}.astype(np.{nearest})"
-)
-_STATISTICS = _Kind(("float64",), "pass it as the forward function returned it")
+def _data_kind(words: _gpu.Words) -> _Kind:
+    way = words.convert.format(name="{name}", dtype=words.dtype.format("float32"))
+    return _Kind(dtypes(), way, words.cast.format(name="{name}", dtype=words.dtype.format("{nearest}")))
+
+
+_X = _data_kind(_gpu.NUMPY)
+
+
+def _place_of(x: Array) -> str:
+    return x.place if isinstance(x, _gpu.Description) else ""
+
+
+def _words_of(x: Array) -> _gpu.Words:
+    return x.words if isinstance(x, _gpu.Description) else _gpu.NUMPY
+
+
+def _statistics_kind(x: Array) -> _Kind:
+    return _Kind(("float64",), "pass it as the forward function returned it", place=_place_of(x))
+
+
 # What is written to must not be converted: the result would go to a copy.
-_RUNNING = _Kind(("float32", "float64"), "create it with np.zeros or np.ones")
-_NEW_OUT = "create it with np.empty_like(x)"
+def _running_kind(x: Array) -> _Kind:
+    return _Kind(("float32", "float64"), _words_of(x).fresh, place=_place_of(x))
 
 
-def _dtype_name(dtype: np.dtype[Any]) -> str:
+def _dtype_name(dtype: np.dtype[Any] | str) -> str:
     """The name by which the core knows a dtype, or one that tells it from those."""
+    if isinstance(dtype, str):
+        return dtype
     if not dtype.isnative:
         # NumPy would call bfloat16 a V2, which is what it calls raw bytes.
         return str(dtype) if dtype.type.__module__ == "numpy" else dtype.byteorder + dtype.newbyteorder("=").name
@@ -58,12 +81,13 @@ def _dtype_name(dtype: np.dtype[Any]) -> str:
 
 def _beside(x: Array, *others: str) -> _Kind:
     """What stands beside x: in its dtype, or in one of the others."""
-    of_x = _dtype_name(x.dtype)
+    of_x, words = _dtype_name(x.dtype), _words_of(x)
     return _Kind(
         tuple(dict.fromkeys((of_x, *others))),
-        "convert it with np.asarray({name}, dtype=x.dtype)",
-        "convert it with {name}.astype(x.dtype)",
+        words.convert.format(name="{name}", dtype="x.dtype"),
+        words.cast.format(name="{name}", dtype="x.dtype"),
         f", as x is {of_x}" if others else ", as x is",
+        _place_of(x),
     )
 
 
@@ -74,9 +98,11 @@ def _one_of(names: Sequence[str]) -> str:
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def _plain(name: str, value: object, way: str) -> Array:
+def _plain(name: str, value: object, way: str) -> NDArray[Any]:
     if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name} must be a numpy.ndarray, got {type(value).__name__}; {way}")
+        if _gpu.on_gpu(value):
+            way = _gpu.library_of(value).words.to_numpy.format(name=name)
+        raise TypeError(f"{name} must be a numpy.ndarray, got {_gpu.came(value)}; {way}")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a plain numpy.ndarray, got MaskedArray; fill it with {name}.filled(value)")
     if isinstance(value, np.matrix):
@@ -84,8 +110,10 @@ def _plain(name: str, value: object, way: str) -> Array:
     return value
 
 
-def _no_number(name: str, dtype: np.dtype[Any]) -> str:
+def _no_number(name: str, dtype: np.dtype[Any] | str) -> str:
     """The way out for a dtype that no cast makes right, empty for the others."""
+    if isinstance(dtype, str):
+        return "pass an array of real numbers" if dtype.startswith(("complex", "opaque", "DLPack")) else ""
     if dtype.kind not in "SUMmVc" or dtype.type.__module__ != "numpy":  # ml_dtypes' numbers are of kind V
         return ""
     if dtype == np.dtype("V2"):  # what np.load makes of bfloat16
@@ -95,16 +123,20 @@ def _no_number(name: str, dtype: np.dtype[Any]) -> str:
 
 def _array(name: str, value: object, kind: _Kind) -> Array:
     way = kind.way.format(name=name)
-    value = _plain(name, value, way)
-    came = _dtype_name(value.dtype)
+    array = _gpu.describe(name, value, kind.place, way) if kind.place else _plain(name, value, way)
+    came = _dtype_name(array.dtype)
     if came not in kind.dtypes:
-        native = came if value.dtype.isnative else _dtype_name(value.dtype.newbyteorder("="))
+        native = came
+        if not isinstance(array.dtype, str) and not array.dtype.isnative:
+            native = _dtype_name(array.dtype.newbyteorder("="))
         expected = _one_of(kind.dtypes) + (" in native byte order" if native in kind.dtypes else "") + kind.why
         nearest = {"float64": "float64", "longdouble": "float64", "float16": "float16"}.get(native, "float32")
         if kind.cast:
-            way = _no_number(name, value.dtype) or kind.cast.format(name=name, nearest=nearest)
+            way = _no_number(name, array.dtype) or kind.cast.format(name=name, nearest=nearest)
         raise TypeError(f"{name} must be {expected}, got {came}; {way}")
-    return value
+    if isinstance(array, _gpu.Description) and any(n % array.itemsize for n in (array.address, *array.strides)):
+        raise ValueError(f"{name} must be aligned to its elements on a GPU, got address {array.address:#x}; copy it")
+    return array
 
 
 def _shaped(name: str, value: object, kind: _Kind, shape: Shape) -> Array:
@@ -115,7 +147,11 @@ def _shaped(name: str, value: object, kind: _Kind, shape: Shape) -> Array:
 
 
 def _data(x: object, least_dims: int) -> Array:
-    array = _array("x", x, _X)
+    kind = _X
+    if _gpu.on_gpu(x):
+        described = _gpu.describe("x", x, "", "")
+        kind = _data_kind(described.words)._replace(place=described.place)
+    array = _array("x", x, kind)
     if not least_dims <= array.ndim <= _MAX_DIMS:
         raise ValueError(f"x must have {least_dims} to {_MAX_DIMS} dimensions, got shape {array.shape}")
     return array
@@ -135,7 +171,7 @@ def _parameter(name: str, value: object, x: Array, sets: "_Sets") -> Array | Non
         if [n for n in array.shape if n != 1] == [n for n in shape if n != 1]:
             way = f"; reshape it with {name}.reshape({shape})"
         elif array.size == 1:
-            way = f"; repeat it with np.full({shape}, {name})"
+            way = "; " + _words_of(x).full.format(name=name, shape=shape)
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}{way}")
     return array
 
@@ -196,31 +232,61 @@ def _finite(name: str, value: object, least: float = -math.inf) -> None:
         raise ValueError(f"{name} must be {expected}, got {value}")
 
 
-def _running(mean: object, var: object, shape: Shape, updated: bool) -> dict[str, Array]:
+def _statistics(name: str, value: object, x: Array, shape: Shape) -> Array:
+    kind = _statistics_kind(x)
+    array = _shaped(name, value, kind, shape)
+    if isinstance(array, _gpu.Description) and array.size:
+        inside = array.itemsize
+        for stride, n in zip(reversed(array.strides), reversed(shape), strict=True):
+            if n > 1 and stride != inside:
+                came = f"strides {array.strides} for shape {shape}"
+                raise ValueError(f"{name} must be in C order and without gaps on a GPU, got {came}; {kind.way}")
+            inside *= n
+    return array
+
+
+def _running(mean: object, var: object, x: Array, shape: Shape, updated: bool) -> dict[str, Array]:
+    kind = _running_kind(x)
     given = {"running_mean": mean, "running_var": var}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == 2:
         return {}
     if missing:
         raise ValueError(f"running_mean and running_var must be given together, got {missing[0]}=None")
-    arrays = {name: _shaped(name, value, _RUNNING, shape) for name, value in given.items()}
+    arrays = {name: _shaped(name, value, kind, shape) for name, value in given.items()}
     if updated:
         for name, array in arrays.items():
-            _writable(name, array, _RUNNING.way)
+            _writable(name, array, kind.way)
     return arrays
+
+
+def _address(array: Array) -> int:
+    return array.address if isinstance(array, _gpu.Description) else array.ctypes.data
 
 
 def _same_view(a: Array, b: Array) -> bool:
     strides = [[stride for stride, n in zip(v.strides, v.shape, strict=True) if n > 1] for v in (a, b)]
-    return a.ctypes.data == b.ctypes.data and strides[0] == strides[1]
+    return _address(a) == _address(b) and strides[0] == strides[1]
+
+
+def _bounds(array: Array) -> tuple[int, int]:
+    """The first address of the array's memory, and that behind the last."""
+    reaches = [stride * (n - 1) for stride, n in zip(array.strides, array.shape, strict=True)]
+    low = _address(array) + sum(min(reach, 0) for reach in reaches)
+    return low, low + sum(map(abs, reaches)) + array.itemsize
+
+
+def _may_overlap(a: Array, b: Array) -> bool:
+    """Compare bounds, as the core does: arrays that interleave count as overlapping."""
+    (low, high), (other_low, other_high) = _bounds(a), _bounds(b)
+    return bool(a.size and b.size) and low < other_high and other_low < high
 
 
 def _apart(name: str, array: Array, others: dict[str, Array], may_be: tuple[str, ...] = ()) -> None:
     for other_name, other in others.items():
         if other_name in may_be and _same_view(array, other):
             continue
-        # Bounds of memory, as the core compares them: arrays that interleave count as overlapping.
-        if np.may_share_memory(array, other):
+        if _may_overlap(array, other):
             unless = f", unless it is {other_name} itself" if other_name in may_be else ""
             raise ValueError(
                 f"{name} must not overlap {other_name}{unless}, got arrays that share memory; "
@@ -229,7 +295,8 @@ def _apart(name: str, array: Array, others: dict[str, Array], may_be: tuple[str,
 
 
 def _writable(name: str, array: Array, way: str) -> None:
-    if not array.flags.writeable:
+    writeable = array.writeable if isinstance(array, _gpu.Description) else array.flags.writeable
+    if not writeable:
         raise ValueError(f"{name} must be writable, got a read-only array; {way}")
     if array.size == 0:
         return
@@ -245,8 +312,9 @@ def _writable(name: str, array: Array, way: str) -> None:
 def _out(out: object, x: Array, inputs: dict[str, Array], may_be: tuple[str, ...]) -> None:
     if out is None:
         return
-    array = _shaped("out", out, _beside(x)._replace(way=_NEW_OUT, cast=""), x.shape)
-    _writable("out", array, _NEW_OUT)
+    way = _words_of(x).like
+    array = _shaped("out", out, _beside(x)._replace(way=way, cast=""), x.shape)
+    _writable("out", array, way)
     _apart("out", array, inputs, may_be)
 
 
@@ -348,7 +416,7 @@ def explain_forward(
     _finite("momentum", momentum)
     _finite("ddof", ddof, least=0)
     # Instance norm keeps running statistics per channel, as batch norm does, though it has its own for each sample.
-    running = _running(running_mean, running_var, sets.statistics[-1:], updated=True)
+    running = _running(running_mean, running_var, data, sets.statistics[-1:], updated=True)
     if sets.owner and data.size and sets.extent == 1:
         raise ValueError(f"expected more than 1 value per {sets.owner}, got x of shape {data.shape}; {sets.way}")
     if running and data.size and float(ddof) >= sets.extent:  # type: ignore[arg-type]
@@ -372,15 +440,14 @@ def explain_evaluate(
     running_var: object,
 ) -> NoReturn:
     data, sets, inputs = _forward_inputs(norm, x, spec, weight, bias, eps)
-    running = _running(running_mean, running_var, sets.statistics[-1:], updated=False)
+    running = _running(running_mean, running_var, data, sets.statistics[-1:], updated=False)
     if not running:
         flag = _NORMS[norm].flag
         raise ValueError(f"{flag}=False needs running_mean and running_var, got None; pass both, or {flag}=True")
-    negative = np.flatnonzero(running["running_var"] < 0)
-    if negative.size:
-        least = negative[0]
+    var = running["running_var"]
+    for index in np.flatnonzero(var < 0) if isinstance(var, np.ndarray) else ():
         raise ValueError(
-            f"running_var must not be negative, got {running['running_var'][least]} at index {least}; "
+            f"running_var must not be negative, got {var[index]} at index {index}; "
             "no average of variances is: restore it, or reset it with running_var.fill(1)"
         )
     _out(out, data, inputs | running, may_be=("x",))
@@ -404,8 +471,8 @@ def explain_backward(
     sets = sets_of(data, spec)
     inputs = {"dy": _shaped("dy", dy, _beside(data), data.shape), "x": data}
     if norm not in (RMS, AXES_RMS):
-        inputs["mean"] = _shaped("mean", mean, _STATISTICS, sets.statistics)
-    inputs["rstd"] = _shaped("rstd", rstd, _STATISTICS, sets.statistics)
+        inputs["mean"] = _statistics("mean", mean, data, sets.statistics)
+    inputs["rstd"] = _statistics("rstd", rstd, data, sets.statistics)
     gamma = _parameter("weight", weight, data, sets)
     if gamma is not None:
         inputs["weight"] = gamma
@@ -415,6 +482,11 @@ def explain_backward(
     if training and sets.owner and data.size and sets.extent == 1:
         raise ValueError(f"expected more than 1 value per {sets.owner}, got x of shape {data.shape}; {sets.way}")
     _unexplained()
+
+
+def explain_moments(x: object, axes: object) -> NoReturn:
+    _array("x", x, _X)  # there are none on a GPU
+    explain_forward(AXES, x, axes, None, None, 0.0, None)
 
 
 def _forward_inputs(
@@ -439,6 +511,11 @@ def _unexplained() -> NoReturn:
 # ---- arguments that never reach the core -----------------------------------------------------------------------------
 
 
+def explain_stream(x: object, stream: object) -> NoReturn:
+    what = _gpu.came(x) if x is not None else "None"
+    raise ValueError(f"stream must be None, as x is not on a GPU but {what}, got {type(stream).__name__}; leave it out")
+
+
 def explain_needs(needs: object, names: tuple[str, ...]) -> NoReturn:
     allowed = ", ".join(f'"{name}"' for name in names)
     if isinstance(needs, str) or not isinstance(needs, Iterable):
@@ -459,6 +536,8 @@ def flag(name: str, value: object) -> bool:
 def grad_code(grad_dtype: object) -> int:
     """Return the core's number for the dtype that gradients of parameters are asked in."""
     try:
+        if type(grad_dtype).__module__ == "torch":
+            grad_dtype = str(grad_dtype).removeprefix("torch.")
         dtype = np.dtype(grad_dtype)  # type: ignore[call-overload]
     except (TypeError, ValueError, SyntaxError):  # what NumPy raises for what is none
         dtype = None

@@ -229,5 +229,5 @@ def moments(x: NDArray[Any], axes: Ints) -> Moments:
     """
     found = _core.moments(_core.AXES, x, axes)
     if found is None:
-        _errors.explain_forward(_core.AXES, x, axes, None, None, 0.0, None)
+        _errors.explain_moments(x, axes)
     return Moments(*found)

@@ -1,8 +1,8 @@
-"""The norms as plain functions of NumPy arrays.
+"""The norms as plain functions of NumPy arrays, and of arrays on a GPU.
 
 Names, positions and defaults are those of `torch.nn.functional`; bfloat16 is `ml_dtypes.bfloat16`. Every function is
 one call of the compiled core, which checks its arguments and answers None when it cannot accept them;
-`normkit._errors` then finds the sentence and raises it.
+`normkit._dispatch` then takes arrays on a GPU there, and has the sentence found and raised for all others.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,18 +11,9 @@ from typing import Any, SupportsIndex, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from . import _core
+from . import _core, _dispatch
 from ._core import AXES, AXES_RMS, BATCH, GROUP, INSTANCE, LAYER, RMS, backward, evaluate, forward
-from ._errors import (
-    explain_backward,
-    explain_evaluate,
-    explain_forward,
-    explain_needs,
-    flag,
-    grad_code,
-    memory_limit,
-    thread_count,
-)
+from ._errors import explain_needs, flag, grad_code, memory_limit, thread_count
 
 # The element type of x, dy, out, y and dx. Not bound by np.floating, which bfloat16 is none of.
 Element = TypeVar("Element", bound=np.generic)
@@ -31,6 +22,7 @@ Parameter: TypeAlias = NDArray[Any]
 Statistics: TypeAlias = NDArray[np.float64]
 Running: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 Ints: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
+Stream: TypeAlias = Any  # an int, or an object of torch, CuPy or others
 Gradients: TypeAlias = tuple[Array[Element] | None, Parameter | None, Parameter | None]
 
 # The gradients a backward can give, in the order of the core's bits: 1, 2, 4.
@@ -67,6 +59,7 @@ def batch_norm(
     channel_axis: SupportsIndex = 1,
     ddof: float = 1,
     out: Array[Element] | None = None,
+    stream: Stream | None = None,
 ) -> Array[Element]:
     r"""Normalize each channel over the batch and all other axes.
 
@@ -100,6 +93,8 @@ def batch_norm(
         it.
     out : ndarray, dtype and shape of x, optional
         Array to write y into. It may be x itself, and must not overlap anything else.
+    stream : int, stream of torch or CuPy, or None
+        Of CUDA, for x on a GPU alone. None: the one that the library of x works on.
 
     Returns
     -------
@@ -153,13 +148,17 @@ def batch_norm(
     [1. 4.]
     """
     if flag("training", training):
-        y = forward(BATCH, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var, momentum, ddof)
+        y = forward(
+            BATCH, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var, momentum, ddof, stream
+        )
         if y is None:
-            explain_forward(BATCH, x, channel_axis, weight, bias, eps, out, running_mean, running_var, momentum, ddof)
+            y = _dispatch.forward(
+                BATCH, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var, momentum, ddof, stream
+            )
         return y
-    y = evaluate(BATCH, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var)
+    y = evaluate(BATCH, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var, stream)
     if y is None:
-        explain_evaluate(BATCH, x, channel_axis, weight, bias, eps, out, running_mean, running_var)
+        y = _dispatch.evaluate(BATCH, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var, stream)
     return y
 
 
@@ -176,6 +175,7 @@ def batch_norm_forward(
     channel_axis: SupportsIndex = 1,
     ddof: float = 1,
     out: Array[Element] | None = None,
+    stream: Stream | None = None,
 ) -> tuple[Array[Element], Statistics, Statistics]:
     """`batch_norm` that also returns the statistics it used, for `batch_norm_backward`.
 
@@ -183,7 +183,7 @@ def batch_norm_forward(
 
     Parameters
     ----------
-    x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis, ddof, out
+    x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis, ddof, out, stream
         As in `batch_norm`.
 
     Returns
@@ -214,14 +214,18 @@ def batch_norm_forward(
     """
     if flag("training", training):
         result = forward(
-            BATCH, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var, momentum, ddof
+            BATCH, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var, momentum, ddof, stream
         )
         if result is None:
-            explain_forward(BATCH, x, channel_axis, weight, bias, eps, out, running_mean, running_var, momentum, ddof)
+            result = _dispatch.forward(
+                BATCH, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var, momentum, ddof, stream
+            )
         return result
-    result = evaluate(BATCH, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var)
+    result = evaluate(BATCH, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var, stream)
     if result is None:
-        explain_evaluate(BATCH, x, channel_axis, weight, bias, eps, out, running_mean, running_var)
+        result = _dispatch.evaluate(
+            BATCH, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var, stream
+        )
     return result
 
 
@@ -237,6 +241,7 @@ def batch_norm_backward(
     out: Array[Element] | None = None,
     needs: Iterable[str] = _ALL,
     grad_dtype: DTypeLike | None = None,
+    stream: Stream | None = None,
 ) -> Gradients[Element]:
     r"""Gradients of `batch_norm` with respect to x, weight and bias.
 
@@ -270,6 +275,8 @@ def batch_norm_backward(
         The gradients to compute, of "x", "weight", "bias". The others come back as None.
     grad_dtype : numpy.float32, numpy.float64 or None
         Dtype of dweight and dbias. None: that of the weight, or of x where there is no weight.
+    stream : int, stream of torch or CuPy, or None
+        Of CUDA, for x on a GPU alone. None: the one that the library of x works on.
 
     Returns
     -------
@@ -303,9 +310,12 @@ def batch_norm_backward(
     """
     needed = 7 if needs is _ALL else _bits(needs, _ALL)
     grad = 0 if grad_dtype is None else grad_code(grad_dtype)
-    gradients = backward(BATCH, dy, x, mean, rstd, channel_axis, weight, flag("training", training), needed, out, grad)
+    training = flag("training", training)
+    gradients = backward(BATCH, dy, x, mean, rstd, channel_axis, weight, training, needed, out, grad, stream)
     if gradients is None:
-        explain_backward(BATCH, dy, x, mean, rstd, channel_axis, weight, training, needed, out)
+        gradients = _dispatch.backward(
+            BATCH, dy, x, mean, rstd, channel_axis, weight, training, needed, out, grad, stream
+        )
     return gradients
 
 
@@ -320,6 +330,7 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     out: Array[Element] | None = None,
+    stream: Stream | None = None,
 ) -> Array[Element]:
     r"""Normalize each sample over its trailing axes.
 
@@ -340,6 +351,8 @@ def layer_norm(
         Added to the variance, in units of x squared; not negative. ``eps=0`` with zero variance gives NaN.
     out : ndarray, dtype and shape of x, optional
         Array to write y into. It may be x itself, and must not overlap anything else.
+    stream : int, stream of torch or CuPy, or None
+        Of CUDA, for x on a GPU alone. None: the one that the library of x works on.
 
     Returns
     -------
@@ -382,9 +395,9 @@ def layer_norm(
     >>> nk.layer_norm(images, (3, 8, 8), out=images) is images
     True
     """
-    y = forward(LAYER, x, normalized_shape, weight, bias, eps, out, False, None, None, 0.0, 1)
+    y = forward(LAYER, x, normalized_shape, weight, bias, eps, out, False, None, None, 0.0, 1, stream)
     if y is None:
-        explain_forward(LAYER, x, normalized_shape, weight, bias, eps, out)
+        y = _dispatch.forward(LAYER, x, normalized_shape, weight, bias, eps, out, False, None, None, 0.0, 1, stream)
     return y
 
 
@@ -396,6 +409,7 @@ def layer_norm_forward(
     eps: float = 1e-5,
     *,
     out: Array[Element] | None = None,
+    stream: Stream | None = None,
 ) -> tuple[Array[Element], Statistics, Statistics]:
     """`layer_norm` that also returns the statistics, for `layer_norm_backward`.
 
@@ -403,7 +417,7 @@ def layer_norm_forward(
 
     Parameters
     ----------
-    x, normalized_shape, weight, bias, eps, out
+    x, normalized_shape, weight, bias, eps, out, stream
         As in `layer_norm`.
 
     Returns
@@ -431,9 +445,9 @@ def layer_norm_forward(
     >>> print(mean, rstd)
     [ 2. 12.] [1.  0.5]
     """
-    result = forward(LAYER, x, normalized_shape, weight, bias, eps, out, True, None, None, 0.0, 1)
+    result = forward(LAYER, x, normalized_shape, weight, bias, eps, out, True, None, None, 0.0, 1, stream)
     if result is None:
-        explain_forward(LAYER, x, normalized_shape, weight, bias, eps, out)
+        result = _dispatch.forward(LAYER, x, normalized_shape, weight, bias, eps, out, True, None, None, 0.0, 1, stream)
     return result
 
 
@@ -448,6 +462,7 @@ def layer_norm_backward(
     out: Array[Element] | None = None,
     needs: Iterable[str] = _ALL,
     grad_dtype: DTypeLike | None = None,
+    stream: Stream | None = None,
 ) -> Gradients[Element]:
     r"""Gradients of `layer_norm` with respect to x, weight and bias.
 
@@ -477,6 +492,8 @@ def layer_norm_backward(
         The gradients to compute, of "x", "weight", "bias". The others come back as None.
     grad_dtype : numpy.float32, numpy.float64 or None
         Dtype of dweight and dbias. None: that of the weight, or of x where there is no weight.
+    stream : int, stream of torch or CuPy, or None
+        Of CUDA, for x on a GPU alone. None: the one that the library of x works on.
 
     Returns
     -------
@@ -519,9 +536,11 @@ def layer_norm_backward(
     """
     needed = 7 if needs is _ALL else _bits(needs, _ALL)
     grad = 0 if grad_dtype is None else grad_code(grad_dtype)
-    gradients = backward(LAYER, dy, x, mean, rstd, normalized_shape, weight, True, needed, out, grad)
+    gradients = backward(LAYER, dy, x, mean, rstd, normalized_shape, weight, True, needed, out, grad, stream)
     if gradients is None:
-        explain_backward(LAYER, dy, x, mean, rstd, normalized_shape, weight, True, needed, out)
+        gradients = _dispatch.backward(
+            LAYER, dy, x, mean, rstd, normalized_shape, weight, True, needed, out, grad, stream
+        )
     return gradients
 
 
@@ -541,6 +560,7 @@ def instance_norm(
     channel_axis: SupportsIndex = 1,
     ddof: float = 1,
     out: Array[Element] | None = None,
+    stream: Stream | None = None,
 ) -> Array[Element]:
     r"""Normalize each channel of each sample over space.
 
@@ -575,6 +595,8 @@ def instance_norm(
         ``use_input_stats=False`` does not look at it.
     out : ndarray, dtype and shape of x, optional
         Array to write y into. It may be x itself, and must not overlap anything else.
+    stream : int, stream of torch or CuPy, or None
+        Of CUDA, for x on a GPU alone. None: the one that the library of x works on.
 
     Returns
     -------
@@ -612,15 +634,18 @@ def instance_norm(
       [-1.  1.]]]
     """
     if flag("use_input_stats", use_input_stats):
-        y = forward(INSTANCE, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var, momentum, ddof)
+        y = forward(
+            INSTANCE, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var, momentum, ddof, stream
+        )
         if y is None:
-            explain_forward(
-                INSTANCE, x, channel_axis, weight, bias, eps, out, running_mean, running_var, momentum, ddof
-            )
+            given = INSTANCE, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var, momentum, ddof
+            y = _dispatch.forward(*given, stream)
         return y
-    y = evaluate(INSTANCE, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var)
+    y = evaluate(INSTANCE, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var, stream)
     if y is None:
-        explain_evaluate(INSTANCE, x, channel_axis, weight, bias, eps, out, running_mean, running_var)
+        y = _dispatch.evaluate(
+            INSTANCE, x, channel_axis, weight, bias, eps, out, False, running_mean, running_var, stream
+        )
     return y
 
 
@@ -637,6 +662,7 @@ def instance_norm_forward(
     channel_axis: SupportsIndex = 1,
     ddof: float = 1,
     out: Array[Element] | None = None,
+    stream: Stream | None = None,
 ) -> tuple[Array[Element], Statistics, Statistics]:
     """`instance_norm` that also returns the statistics it used, for `instance_norm_backward`.
 
@@ -644,7 +670,7 @@ def instance_norm_forward(
 
     Parameters
     ----------
-    x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, channel_axis, ddof, out
+    x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, channel_axis, ddof, out, stream
         As in `instance_norm`.
 
     Returns
@@ -675,16 +701,17 @@ def instance_norm_forward(
     """
     if flag("use_input_stats", use_input_stats):
         result = forward(
-            INSTANCE, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var, momentum, ddof
+            INSTANCE, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var, momentum, ddof, stream
         )
         if result is None:
-            explain_forward(
-                INSTANCE, x, channel_axis, weight, bias, eps, out, running_mean, running_var, momentum, ddof
-            )
+            given = INSTANCE, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var, momentum, ddof
+            result = _dispatch.forward(*given, stream)
         return result
-    result = evaluate(INSTANCE, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var)
+    result = evaluate(INSTANCE, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var, stream)
     if result is None:
-        explain_evaluate(INSTANCE, x, channel_axis, weight, bias, eps, out, running_mean, running_var)
+        result = _dispatch.evaluate(
+            INSTANCE, x, channel_axis, weight, bias, eps, out, True, running_mean, running_var, stream
+        )
     return result
 
 
@@ -700,6 +727,7 @@ def instance_norm_backward(
     out: Array[Element] | None = None,
     needs: Iterable[str] = _ALL,
     grad_dtype: DTypeLike | None = None,
+    stream: Stream | None = None,
 ) -> Gradients[Element]:
     r"""Gradients of `instance_norm` with respect to x, weight and bias.
 
@@ -733,6 +761,8 @@ def instance_norm_backward(
         The gradients to compute, of "x", "weight", "bias". The others come back as None.
     grad_dtype : numpy.float32, numpy.float64 or None
         Dtype of dweight and dbias. None: that of the weight, or of x where there is no weight.
+    stream : int, stream of torch or CuPy, or None
+        Of CUDA, for x on a GPU alone. None: the one that the library of x works on.
 
     Returns
     -------
@@ -766,11 +796,12 @@ def instance_norm_backward(
     """
     needed = 7 if needs is _ALL else _bits(needs, _ALL)
     grad = 0 if grad_dtype is None else grad_code(grad_dtype)
-    gradients = backward(
-        INSTANCE, dy, x, mean, rstd, channel_axis, weight, flag("use_input_stats", use_input_stats), needed, out, grad
-    )
+    use_input_stats = flag("use_input_stats", use_input_stats)
+    gradients = backward(INSTANCE, dy, x, mean, rstd, channel_axis, weight, use_input_stats, needed, out, grad, stream)
     if gradients is None:
-        explain_backward(INSTANCE, dy, x, mean, rstd, channel_axis, weight, use_input_stats, needed, out)
+        gradients = _dispatch.backward(
+            INSTANCE, dy, x, mean, rstd, channel_axis, weight, use_input_stats, needed, out, grad, stream
+        )
     return gradients
 
 
@@ -786,6 +817,7 @@ def group_norm(
     *,
     channel_axis: SupportsIndex = 1,
     out: Array[Element] | None = None,
+    stream: Stream | None = None,
 ) -> Array[Element]:
     r"""Normalize each group of neighbouring channels of each sample.
 
@@ -810,6 +842,8 @@ def group_norm(
         The axis of the channels, not axis 0; negative ones count from the end.
     out : ndarray, dtype and shape of x, optional
         Array to write y into. It may be x itself, and must not overlap anything else.
+    stream : int, stream of torch or CuPy, or None
+        Of CUDA, for x on a GPU alone. None: the one that the library of x works on.
 
     Returns
     -------
@@ -842,9 +876,11 @@ def group_norm(
     >>> print(nk.group_norm(x, 2, eps=0.0))
     [[-1.  1. -1.  1.]]
     """
-    y = forward(GROUP, x, (num_groups, channel_axis), weight, bias, eps, out, False, None, None, 0.0, 1)
+    y = forward(GROUP, x, (num_groups, channel_axis), weight, bias, eps, out, False, None, None, 0.0, 1, stream)
     if y is None:
-        explain_forward(GROUP, x, (num_groups, channel_axis), weight, bias, eps, out)
+        y = _dispatch.forward(
+            GROUP, x, (num_groups, channel_axis), weight, bias, eps, out, False, None, None, 0.0, 1, stream
+        )
     return y
 
 
@@ -857,6 +893,7 @@ def group_norm_forward(
     *,
     channel_axis: SupportsIndex = 1,
     out: Array[Element] | None = None,
+    stream: Stream | None = None,
 ) -> tuple[Array[Element], Statistics, Statistics]:
     """`group_norm` that also returns the statistics, for `group_norm_backward`.
 
@@ -864,7 +901,7 @@ def group_norm_forward(
 
     Parameters
     ----------
-    x, num_groups, weight, bias, eps, channel_axis, out
+    x, num_groups, weight, bias, eps, channel_axis, out, stream
         As in `group_norm`.
 
     Returns
@@ -892,9 +929,11 @@ def group_norm_forward(
     >>> print(mean, rstd)
     [[ 2. 12.]] [[1.  0.5]]
     """
-    result = forward(GROUP, x, (num_groups, channel_axis), weight, bias, eps, out, True, None, None, 0.0, 1)
+    result = forward(GROUP, x, (num_groups, channel_axis), weight, bias, eps, out, True, None, None, 0.0, 1, stream)
     if result is None:
-        explain_forward(GROUP, x, (num_groups, channel_axis), weight, bias, eps, out)
+        result = _dispatch.forward(
+            GROUP, x, (num_groups, channel_axis), weight, bias, eps, out, True, None, None, 0.0, 1, stream
+        )
     return result
 
 
@@ -910,6 +949,7 @@ def group_norm_backward(
     out: Array[Element] | None = None,
     needs: Iterable[str] = _ALL,
     grad_dtype: DTypeLike | None = None,
+    stream: Stream | None = None,
 ) -> Gradients[Element]:
     r"""Gradients of `group_norm` with respect to x, weight and bias.
 
@@ -941,6 +981,8 @@ def group_norm_backward(
         The gradients to compute, of "x", "weight", "bias". The others come back as None.
     grad_dtype : numpy.float32, numpy.float64 or None
         Dtype of dweight and dbias. None: that of the weight, or of x where there is no weight.
+    stream : int, stream of torch or CuPy, or None
+        Of CUDA, for x on a GPU alone. None: the one that the library of x works on.
 
     Returns
     -------
@@ -975,9 +1017,9 @@ def group_norm_backward(
     needed = 7 if needs is _ALL else _bits(needs, _ALL)
     spec = (num_groups, channel_axis)
     grad = 0 if grad_dtype is None else grad_code(grad_dtype)
-    gradients = backward(GROUP, dy, x, mean, rstd, spec, weight, True, needed, out, grad)
+    gradients = backward(GROUP, dy, x, mean, rstd, spec, weight, True, needed, out, grad, stream)
     if gradients is None:
-        explain_backward(GROUP, dy, x, mean, rstd, spec, weight, True, needed, out)
+        gradients = _dispatch.backward(GROUP, dy, x, mean, rstd, spec, weight, True, needed, out, grad, stream)
     return gradients
 
 
@@ -991,6 +1033,7 @@ def rms_norm(
     eps: float | None = None,
     *,
     out: Array[Element] | None = None,
+    stream: Stream | None = None,
 ) -> Array[Element]:
     r"""Divide each sample by the root of the mean of its squares.
 
@@ -1012,6 +1055,8 @@ def rms_norm(
         dtypes. ``eps=0`` with a sample of zeros gives NaN.
     out : ndarray, dtype and shape of x, optional
         Array to write y into. It may be x itself, and must not overlap anything else.
+    stream : int, stream of torch or CuPy, or None
+        Of CUDA, for x on a GPU alone. None: the one that the library of x works on.
 
     Returns
     -------
@@ -1043,9 +1088,9 @@ def rms_norm(
     >>> print(nk.rms_norm(x, 8, eps=0.0))
     [ 1.5 -1.5  1.5  0.5 -0.5  0.5 -0.5  0.5]
     """
-    y = forward(RMS, x, normalized_shape, weight, None, eps, out, False, None, None, 0.0, 1)
+    y = forward(RMS, x, normalized_shape, weight, None, eps, out, False, None, None, 0.0, 1, stream)
     if y is None:
-        explain_forward(RMS, x, normalized_shape, weight, None, eps, out)
+        y = _dispatch.forward(RMS, x, normalized_shape, weight, None, eps, out, False, None, None, 0.0, 1, stream)
     return y
 
 
@@ -1056,6 +1101,7 @@ def rms_norm_forward(
     eps: float | None = None,
     *,
     out: Array[Element] | None = None,
+    stream: Stream | None = None,
 ) -> tuple[Array[Element], Statistics]:
     """`rms_norm` that also returns the statistics, for `rms_norm_backward`.
 
@@ -1063,7 +1109,7 @@ def rms_norm_forward(
 
     Parameters
     ----------
-    x, normalized_shape, weight, eps, out
+    x, normalized_shape, weight, eps, out, stream
         As in `rms_norm`.
 
     Returns
@@ -1091,9 +1137,9 @@ def rms_norm_forward(
     >>> print(rstd)
     [0.5  0.25]
     """
-    result = forward(RMS, x, normalized_shape, weight, None, eps, out, True, None, None, 0.0, 1)
+    result = forward(RMS, x, normalized_shape, weight, None, eps, out, True, None, None, 0.0, 1, stream)
     if result is None:
-        explain_forward(RMS, x, normalized_shape, weight, None, eps, out)
+        result = _dispatch.forward(RMS, x, normalized_shape, weight, None, eps, out, True, None, None, 0.0, 1, stream)
     return result[0], result[-1]
 
 
@@ -1107,6 +1153,7 @@ def rms_norm_backward(
     out: Array[Element] | None = None,
     needs: Iterable[str] = _ALL_RMS,
     grad_dtype: DTypeLike | None = None,
+    stream: Stream | None = None,
 ) -> tuple[Array[Element] | None, Parameter | None]:
     r"""Gradients of `rms_norm` with respect to x and weight.
 
@@ -1132,6 +1179,8 @@ def rms_norm_backward(
         The gradients to compute, of "x", "weight". The others come back as None.
     grad_dtype : numpy.float32, numpy.float64 or None
         Dtype of dweight. None: that of the weight, or of x where there is no weight.
+    stream : int, stream of torch or CuPy, or None
+        Of CUDA, for x on a GPU alone. None: the one that the library of x works on.
 
     Returns
     -------
@@ -1165,9 +1214,11 @@ def rms_norm_backward(
     """
     needed = 3 if needs is _ALL_RMS else _bits(needs, _ALL_RMS)
     grad = 0 if grad_dtype is None else grad_code(grad_dtype)
-    gradients = backward(RMS, dy, x, None, rstd, normalized_shape, weight, True, needed, out, grad)
+    gradients = backward(RMS, dy, x, None, rstd, normalized_shape, weight, True, needed, out, grad, stream)
     if gradients is None:
-        explain_backward(RMS, dy, x, None, rstd, normalized_shape, weight, True, needed, out)
+        gradients = _dispatch.backward(
+            RMS, dy, x, None, rstd, normalized_shape, weight, True, needed, out, grad, stream
+        )
     return gradients[0], gradients[1]
 
 
@@ -1183,6 +1234,7 @@ def normalize(
     *,
     center: bool = True,
     out: Array[Element] | None = None,
+    stream: Stream | None = None,
 ) -> Array[Element]:
     r"""Normalize over any axes: the formula behind every norm.
 
@@ -1206,6 +1258,8 @@ def normalize(
         Subtract the mean (True), or take it as zero as in `rms_norm` (False).
     out : ndarray, dtype and shape of x, optional
         Array to write y into. It may be x itself, and must not overlap anything else.
+    stream : int, stream of torch or CuPy, or None
+        Of CUDA, for x on a GPU alone. None: the one that the library of x works on.
 
     Returns
     -------
@@ -1240,9 +1294,9 @@ def normalize(
      [-100.  100.]]
     """
     norm = AXES if flag("center", center) else AXES_RMS
-    y = forward(norm, x, axes, weight, bias, eps, out, False, None, None, 0.0, 1)
+    y = forward(norm, x, axes, weight, bias, eps, out, False, None, None, 0.0, 1, stream)
     if y is None:
-        explain_forward(norm, x, axes, weight, bias, eps, out)
+        y = _dispatch.forward(norm, x, axes, weight, bias, eps, out, False, None, None, 0.0, 1, stream)
     return y
 
 
@@ -1255,6 +1309,7 @@ def normalize_forward(
     *,
     center: bool = True,
     out: Array[Element] | None = None,
+    stream: Stream | None = None,
 ) -> tuple[Array[Element], Statistics, Statistics]:
     """`normalize` that also returns the statistics, for `normalize_backward`.
 
@@ -1262,7 +1317,7 @@ def normalize_forward(
 
     Parameters
     ----------
-    x, axes, weight, bias, eps, center, out
+    x, axes, weight, bias, eps, center, out, stream
         As in `normalize`.
 
     Returns
@@ -1292,9 +1347,9 @@ def normalize_forward(
     [ 2. 12.] [1.  0.5]
     """
     norm = AXES if flag("center", center) else AXES_RMS
-    result = forward(norm, x, axes, weight, bias, eps, out, True, None, None, 0.0, 1)
+    result = forward(norm, x, axes, weight, bias, eps, out, True, None, None, 0.0, 1, stream)
     if result is None:
-        explain_forward(norm, x, axes, weight, bias, eps, out)
+        result = _dispatch.forward(norm, x, axes, weight, bias, eps, out, True, None, None, 0.0, 1, stream)
     return result
 
 
@@ -1310,6 +1365,7 @@ def normalize_backward(
     out: Array[Element] | None = None,
     needs: Iterable[str] = _ALL,
     grad_dtype: DTypeLike | None = None,
+    stream: Stream | None = None,
 ) -> Gradients[Element]:
     r"""Gradients of `normalize` with respect to x, weight and bias.
 
@@ -1343,6 +1399,8 @@ def normalize_backward(
         The gradients to compute, of "x", "weight", "bias". The others come back as None.
     grad_dtype : numpy.float32, numpy.float64 or None
         Dtype of dweight and dbias. None: that of the weight, or of x where there is no weight.
+    stream : int, stream of torch or CuPy, or None
+        Of CUDA, for x on a GPU alone. None: the one that the library of x works on.
 
     Returns
     -------
@@ -1381,9 +1439,9 @@ def normalize_backward(
         mean = None
     needed = 7 if needs is _ALL else _bits(needs, _ALL)
     grad = 0 if grad_dtype is None else grad_code(grad_dtype)
-    gradients = backward(norm, dy, x, mean, rstd, axes, weight, True, needed, out, grad)
+    gradients = backward(norm, dy, x, mean, rstd, axes, weight, True, needed, out, grad, stream)
     if gradients is None:
-        explain_backward(norm, dy, x, mean, rstd, axes, weight, True, needed, out)
+        gradients = _dispatch.backward(norm, dy, x, mean, rstd, axes, weight, True, needed, out, grad, stream)
     return gradients
 
 
