@@ -17,7 +17,8 @@ namespace normkit::cuda {
 
 using Stream = void*;  // a cudaStream_t; null: the default stream
 
-// No driver, no such device, no memory, a failed launch: one sentence. Nothing is known of the results then.
+// No driver, no such device, a failed launch: one sentence. Nothing is known of the results then. Where the memory of the
+// device runs out, std::bad_alloc is thrown instead, and nothing has been enqueued that writes a result.
 class Error : public std::exception {
   public:
     explicit Error(std::string text) : text_(std::move(text)) {}
@@ -36,7 +37,8 @@ bool backward(const Spec& spec, const Backward& args, int device, Stream stream)
 void* allocate(std::size_t bytes, int device, Stream stream);
 void deallocate(void* p, int device, Stream stream) noexcept;
 
-int device_count();  // 0 without a driver
+int device_count();            // 0 without a driver
+int device_of(const void* p);  // whose memory it is; -1 for memory of no device, and without a driver
 
 // What is enqueued on `consumer` from now on waits for what has been enqueued on `producer`.
 void wait(Stream consumer, Stream producer, int device);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <new>
 #include <string>
 
 #include "normkit/cuda.h"
@@ -31,7 +32,6 @@ void check(cudaError_t error, const char* what) {
         case cudaErrorNoKernelImageForDevice:
             text += "; build normkit with this device's architecture in CMAKE_CUDA_ARCHITECTURES";
             break;
-        case cudaErrorMemoryAllocation: text += "; free memory of the device, or use smaller arrays"; break;
         default: break;
     }
     throw Error(text);
@@ -94,8 +94,13 @@ class Gpu : public Machine {
     }
     void* allocate(index_t bytes) override {
         void* p = nullptr;
-        check(cudaMallocFromPoolAsync(&p, static_cast<std::size_t>(bytes), pool_of(device_), stream_),
-              "allocating memory");
+        const cudaError_t error =
+            cudaMallocFromPoolAsync(&p, static_cast<std::size_t>(bytes), pool_of(device_), stream_);
+        if (error == cudaErrorMemoryAllocation) {
+            cudaGetLastError();
+            throw std::bad_alloc();
+        }
+        check(error, "allocating memory");
         return p;
     }
     void deallocate(void* p) noexcept override { cudaFreeAsync(p, stream_); }
@@ -145,6 +150,16 @@ int device_count() {
     if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
     cudaGetLastError();
     return 0;
+}
+
+int device_of(const void* p) {
+    cudaPointerAttributes attributes;
+    if (cudaPointerGetAttributes(&attributes, p) == cudaSuccess) {
+        const bool here = attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
+        return here ? attributes.device : -1;
+    }
+    cudaGetLastError();
+    return -1;
 }
 
 void wait(Stream consumer, Stream producer, int device) {
