@@ -17,8 +17,8 @@ namespace normkit::cuda {
 
 using Stream = void*;  // a cudaStream_t; null: the default stream
 
-// No driver, no such device, a failed launch: one sentence. Nothing is known of the results then. Where the memory of the
-// device runs out, std::bad_alloc is thrown instead, and nothing has been enqueued that writes a result.
+// No driver, no such device, a failed launch: one sentence. Nothing is known of the results then. Where the memory of
+// the device runs out, std::bad_alloc is thrown instead, and nothing has been enqueued that writes a result.
 class Error : public std::exception {
   public:
     explicit Error(std::string text) : text_(std::move(text)) {}
