@@ -165,6 +165,62 @@ def test_row_by_row_with_extreme_parameters(rng, norm, of_weight, of_bias):
     same(run(True), run(False))
 
 
+@pytest.mark.parametrize(("of_weight", "of_bias"), [(-1, -0.0), (np.inf, 0.0), (3e38, 1.0)], ids=str)
+@pytest.mark.parametrize("shape", [(12, 66, 50), (12, 66, 7, 7), (12, 66, 700)], ids=str)
+def test_a_set_that_is_scaled_changes_no_other(rng, shape, of_weight, of_bias):
+    """Its neighbours, whose mean is exactly 0, have the same bits beside it as without it, on every path."""
+    half = shape[0] // 2
+    x = rng.standard_normal(shape).astype(np.float32)
+    x[half:] = -x[:half]
+    x[0, :, ..., :3] = x[half, :, ..., :3] = -0.0
+    weight, bias = np.full(66, of_weight, np.float32), np.full(66, of_bias, np.float32)
+    mean, var = np.zeros(66, np.float32), np.ones(66, np.float32)
+
+    def run(scaled):
+        data, of_var = x.copy(), var.copy()
+        data[:, scaled] *= np.float32(1e-38)
+        of_var[scaled] = 1e-40
+        with np.errstate(all="ignore"):
+            y = nk.batch_norm(data, None, None, weight, bias, True, eps=0)
+            evaluated = nk.batch_norm(x, mean, of_var, weight, bias, False, eps=0)
+            dx = nk.batch_norm_backward(x, x, mean.astype(float), np.where(of_var < 1, 1e20, 1.0), weight, False)[0]
+        return [np.delete(a, [1, 40], 1) for a in (y, evaluated, dx)]
+
+    expected = run([])
+    for threads, by_row, resident in product((1, 2, 3), (False, True), (False, True)):
+        with _debug.force(threads=threads, by_row=by_row, resident=resident):
+            same(run([1, 40]), expected)
+
+
+@pytest.mark.parametrize("parameters", ["weight", "bias", "neither"])
+@pytest.mark.parametrize("lanes", [2049, 5003, 8193])
+def test_row_by_row_without_parameters(rng, lanes, parameters):
+    x, dy = rng.standard_normal((2, 24, lanes)).astype(np.float32)
+    weight = rng.standard_normal(lanes).astype(np.float32) if parameters == "weight" else None
+    bias = rng.standard_normal(lanes).astype(np.float32) if parameters == "bias" else None
+
+    def run(by_row):
+        with _debug.force(by_row=by_row, resident=True, split=False):
+            results = nk.layer_norm_forward(x, lanes, weight, bias)
+            assert _debug.last_path()["by_row"] is by_row
+            return [*results, *nk.layer_norm_backward(dy, x, *results[1:], lanes, weight)]
+
+    same(run(True), run(False))
+
+
+def test_row_by_row_is_said_only_where_it_is(rng):
+    def by_row(x, weight):
+        with _debug.force(by_row=True, resident=True, split=False):
+            nk.layer_norm(x, x.shape[-1], weight)
+        return _debug.last_path()["by_row"]
+
+    long, strided = np.ones((4, 65_537), np.float32), np.ones((40, 2000), np.float32)[:, ::2]
+    assert by_row(long[:, :-1], np.ones(65_536, np.float32))
+    assert not by_row(long, np.ones(65_537, np.float32))
+    assert by_row(long, None)
+    assert not by_row(strided, np.ones(1000, np.float32))
+
+
 def test_both_walks_are_here(rng):
     for norm in NORMS:
         walks = set()
@@ -293,6 +349,23 @@ def batch_results(case, x, dy, weight, bias):
 
 def test_every_norm_without_the_batch_in_its_sets_is_here():
     assert {case.norm for case in PER_SAMPLE} == {norm for norm in NORMS if NORMS[norm].per_sample}
+
+
+@pytest.mark.parametrize("norm", ["instance", "group"])
+def test_a_sample_alone_with_many_parameters_of_another_dtype(rng, norm):
+    """The larger of two batches converts them beforehand, the other on the way."""
+    shape = (2, 2, 65_537) if norm == "instance" else (2, 65_538, 2)
+    spec = () if norm == "instance" else (2,)
+    axis = {"channel_axis": -1 if norm == "instance" else 1}
+    x, dy = rng.standard_normal((2, *shape)).astype(np.float32)
+    weight = rng.standard_normal(shape[axis["channel_axis"]])
+    forward, backward = getattr(nk, f"{norm}_norm_forward"), getattr(nk, f"{norm}_norm_backward")
+    none = (None, None) if norm == "instance" else ()
+    y, mean, rstd = forward(x, *(spec or none), weight, **axis)
+    dx = backward(dy, x, mean, rstd, *spec, weight, **axis)[0]
+    alone_y, alone_mean, alone_rstd = forward(x[:1], *(spec or none), weight, **axis)
+    same([alone_y, alone_mean, alone_rstd], [y[:1], mean[:1], rstd[:1]])
+    same([backward(dy[:1], x[:1], alone_mean, alone_rstd, *spec, weight, **axis)[0]], [dx[:1]])
 
 
 @pytest.mark.parametrize("channels", [slice(0, 2), slice(3, 7), slice(None, None, 3)])

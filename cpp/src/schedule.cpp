@@ -2,6 +2,10 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+
+#include "cpu/kernels.h"
+
 namespace normkit {
 namespace {
 
@@ -31,8 +35,11 @@ constexpr index_t kNearSamples = index_t{16} << 20;
 // 0.75.
 constexpr index_t kLeastRow = 512, kLeastRowNear = 2048;
 
-// Elements. Runs of a set of several need a turn's length for that.
-constexpr index_t kLeastRun = 64, kLongSet = index_t{1} << 25;
+// Elements of a run, where a set has several: the length of a turn.
+constexpr index_t kLeastRun = 64;
+
+// Elements of a set.
+constexpr index_t kLongSet = index_t{1} << 25;
 
 // Whole rows where they are not too long, so that memory is read and written without gaps; else even parts of them, of
 // whole sets and, where that can be, whole cache lines.
@@ -59,11 +66,19 @@ index_t l2_bytes() {
 
 bool set_is_row(const Plan& plan) { return plan.walk == Walk::rows && plan.runs.size() == 1; }
 
-// Whether sums of one set can be taken beside the writing of another: forward, and backward where sets are rows along
-// which the parameters lie.
-bool can_go_by_row(const Plan& plan, int arrays) {
-    if (arrays == 1) return plan.walk == Walk::rows;
-    return set_is_row(plan) && plan.run.n > 0 && plan.run.inner().stride[kGradient] != 0;
+// Whether sums of one set can be taken beside the writing of another. Kernels take contiguous rows: forward with
+// parameters that are one a row, or along rows that are sets of not too many leaves; backward the latter only, of not
+// too many bytes.
+bool can_go_by_row(const Plan& plan, index_t element, int arrays) {
+    if (plan.walk != Walk::rows || plan.run.n == 0) return false;
+    constexpr unsigned kAll = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);
+    const Nest run = collapse(plan.run, kAll);
+    const Axis& lanes = run.inner();
+    if (lanes.extent > 1 && (lanes.stride[kX] != element || lanes.stride[kY] != element)) return false;
+    if (arrays == 1 && lanes.stride[kWeight] == 0 && lanes.stride[kBias] == 0) return true;
+    if (!set_is_row(plan) || run.n > 1) return false;
+    if (arrays == 1) return lanes.extent <= cpu::kLeavesOfRow * kLeafLanes;
+    return lanes.stride[kGradient] != 0 && lanes.extent * std::max(element, index_t{sizeof(float)}) <= cpu::kMostSums;
 }
 
 bool choose(int forced, bool automatic) { return forced < 0 ? automatic : forced != 0; }
@@ -99,7 +114,7 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
     const bool long_rows = plan.set_size * element >= (far ? kLeastRow : kLeastRowNear);
     const bool beyond_l2 = plan.total * element > l2_bytes() / 2 * s.threads;
     const bool worth = beyond_l2 && (set_is_row(plan) ? long_rows : plan.run.size() >= kLeastRun);
-    s.by_row = can_go_by_row(plan, arrays) && write && !given && s.resident && choose(forced.by_row, worth);
+    s.by_row = can_go_by_row(plan, element, arrays) && write && !given && s.resident && choose(forced.by_row, worth);
     const index_t row = plan.walk == Walk::rows ? plan.run.size() : plan.lane.extent * plan.merge.extent;
     const bool later = arrays == 1 && !s.by_row;
     const bool streams = all >= (later ? kStreamBytesForward : kStreamBytes) && row >= kStreamRow;

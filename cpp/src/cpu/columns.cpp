@@ -464,7 +464,7 @@ class ColumnsBackward {
                 double w = 1;
                 if (call_.weight && rows_share_parameters_) {
                     const index_t offset = i * plan_.lane.stride[kWeight] + j * plan_.merge.stride[kWeight];
-                    w = read_double(call_.weight + at[kWeight] + offset, call_.weight_dtype);
+                    w = static_cast<T>(read_double(call_.weight + at[kWeight] + offset, call_.weight_dtype));
                 }
                 sums.g += w * sum_g[l];
                 sums.g_xhat += w * sum_g_xhat[l];

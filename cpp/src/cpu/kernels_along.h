@@ -83,9 +83,9 @@ NK_INLINE Vec<X> load_rest(const char* p, int n) {
 template <class X>
 constexpr bool kAboutOrigin = std::is_same_v<X, double>;
 
-// Asks for the lines of a turn some way ahead, which are those of the next row at the end of one. To L2 only: a core
-// waits for few lines to L1 at a time, too few for the latency of memory (layer norm 8192 x 1024: 0.7 times as long as
-// with lines asked to L1, at any distance).
+// Asks for the lines of a turn some way ahead in memory: of the next row or of a later set at the end of one. To L2
+// only: a core waits for few lines to L1 at a time, too few for the latency of memory (layer norm 8192 x 1024: 0.7
+// times as long as with lines asked to L1, at any distance).
 template <class X>
 NK_INLINE void ask_for_turn(const char* p, index_t at) {
     constexpr index_t kAhead = 4096, kLine = 64;
@@ -95,9 +95,9 @@ NK_INLINE void ask_for_turn(const char* p, index_t at) {
     }
 }
 
-// Whether that pays with nothing beside: where runs lie far apart, and the hardware begins anew with each. Batch norm
-// backward, with it over without: 32 x 2048 x 7^2, 32 x 128 x 28^2 0.7, 32 x 64 x 56^2 0.85; but instance norm
-// 4 x 128 x 128^2, whose runs follow each other, 1.2.
+// Whether that pays with nothing beside: where runs lie far apart, so that it is a later set that is asked for. Batch
+// norm backward, with it over without: 32 x 2048 x 7^2, 32 x 128 x 28^2 0.7, 32 x 64 x 56^2 0.85; but instance norm 4 x
+// 128 x 128^2, whose runs follow each other, 1.2.
 NK_INLINE bool far_apart(In x) { return x.row > bytes<float>(2 * kLeafLanes); }
 
 // The sum of x in double: its mean is exact to the last bits of a double, as a mean that is multiplied by a large gamma

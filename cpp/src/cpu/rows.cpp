@@ -84,12 +84,15 @@ class LeafReader {
 constexpr index_t kLeastSets = 8;
 struct SetPieces {
     index_t sets, per;
-    SetPieces(const Plan& plan, index_t element, int threads) : sets(plan.sets) {
+    // at_once: sets that are written together.
+    SetPieces(const Plan& plan, index_t element, int threads, index_t at_once) : sets(plan.sets) {
         const index_t bytes = plan.set_size * element;
         per = bytes > 0 ? kPieceBytes / bytes : 1;
         if (per < kLeastSets) per = kLeastSets;
+        if (per < at_once) per = at_once;
         const index_t fair = sets / (4 * threads);
         if (threads > 1 && per > fair) per = fair;
+        if (per > at_once) per -= per % at_once;
         if (per < 1) per = 1;
     }
     index_t count() const { return (sets + per - 1) / per; }
@@ -125,6 +128,8 @@ class SetTiles {
           tiles_(tiles_of(at_once_)) {}
 
     const Axis next;  // from a set to its neighbour
+
+    index_t at_once() const { return at_once_; }
 
     // How many sets from `first` on, and before `last`.
     index_t take(index_t first, index_t last) const {
@@ -218,7 +223,7 @@ class SetTiles {
             const index_t rows = (near ? kShortRows : kPieceBytes) / run, most = kPieceBytes / set;
             const index_t wanted = !near || rows < most ? rows : most;
             if (wanted > n) n = wanted;
-            while (n & (n - 1)) n &= n - 1;  // whole rows of sets_in_row
+            while (n & (n - 1)) n &= n - 1;  // as sets_in_row, for most runs
         }
         return n < 1 ? 1 : n > kSetsAtOnce ? kSetsAtOnce : n;
     }
@@ -301,7 +306,7 @@ class RowsForward {
 
     void run() {
         if (schedule_.resident && !schedule_.split) {
-            const SetPieces pieces(plan_, sizeof(X), schedule_.threads);
+            const SetPieces pieces(plan_, sizeof(X), schedule_.threads, tiles_.at_once());
             parallel_for(pieces.count(), schedule_.threads,
                          [&](index_t i) { whole_sets(pieces.first(i), pieces.last(i)); });
         } else {
@@ -696,7 +701,8 @@ class RowsBackward {
         for (index_t c = 0, n = index_.size(); c < n; ++c) {
             double w = 1;
             if (!cells_.by_element && call_.weight) {
-                w = read_double(call_.weight + at[kWeight] + cell_offset(kWeight, c), call_.weight_dtype);
+                w = static_cast<T>(
+                    read_double(call_.weight + at[kWeight] + cell_offset(kWeight, c), call_.weight_dtype));
             }
             sums.g += w * cells[c].g;
             sums.g_xhat += w * cells[c].g_xhat;
@@ -749,7 +755,7 @@ class RowsBackward {
         const Buffer<Sums> parameters = zeroed_sums(call_);
         const bool wants_sums = wants_set_sums() || call_.parameters;
         if (schedule_.resident && !schedule_.split) {
-            const SetPieces pieces(plan_, 2 * sizeof(X), schedule_.threads);
+            const SetPieces pieces(plan_, 2 * sizeof(X), schedule_.threads, tiles_.at_once());
             parallel_for(pieces.count(), schedule_.threads, [&](index_t i) {
                 for (index_t set = pieces.first(i), n; set < pieces.last(i) && !gives_up(); set += n) {
                     n = tiles_.take(set, pieces.last(i));
@@ -1015,7 +1021,7 @@ class RowsBackward {
             sweep_sums(sums);
             return;
         }
-        const SetPieces pieces(plan_, 2 * sizeof(X), schedule_.threads);
+        const SetPieces pieces(plan_, 2 * sizeof(X), schedule_.threads, tiles_.at_once());
         parallel_for(pieces.count(), schedule_.threads, [&](index_t i) {
             for (index_t set = pieces.first(i); set < pieces.last(i); ++set) set_sums(set);
         });

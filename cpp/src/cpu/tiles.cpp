@@ -10,13 +10,15 @@ namespace {
 constexpr index_t kPatchRows = kSumRows;
 constexpr index_t kPatchLanes = 64;
 
-constexpr index_t kConstantLanes = 2048;
+// As many as backward_rows takes.
+template <class T>
+constexpr index_t kConstantLanes = kMostSums / static_cast<index_t>(sizeof(T));
 
 template <class T>
 struct Constants {
-    T one[kConstantLanes], zero[kConstantLanes];
+    T one[kConstantLanes<T>], zero[kConstantLanes<T>];
     Constants() {
-        for (index_t i = 0; i < kConstantLanes; ++i) one[i] = 1, zero[i] = 0;
+        for (index_t i = 0; i < kConstantLanes<T>; ++i) one[i] = 1, zero[i] = 0;
     }
     static const Constants& get() {
         static const Constants constants;
@@ -133,7 +135,7 @@ void apply(const KernelPair<X>& k, Strided x, Strided y, Strided w, Strided b, c
             // The absent one of the two as a vector of constants, as far as those reach.
             if (no_w) w.lane = sizeof(T);
             if (no_b) b.lane = sizeof(T);
-            const index_t reach = no_w || no_b ? kConstantLanes : lanes;
+            const index_t reach = no_w || no_b ? kConstantLanes<T> : lanes;
             for (index_t l = 0; l < lanes; l += reach) {
                 kernel[1](in(shifted(x, 0, l)), out_of(shifted(y, 0, l)), in(no_w ? w : shifted(w, 0, l)),
                           in(no_b ? b : shifted(b, 0, l)), shifted(s, 0, l), rows,
@@ -142,16 +144,20 @@ void apply(const KernelPair<X>& k, Strided x, Strided y, Strided w, Strided b, c
             return;
         }
     }
+    // The kernel that takes the tile where nothing is in the way: where a mean is 0 they differ in the sign of a zero,
+    // and in what an infinite weight * rstd gives.
+    const bool one_a_row = lanes == 1 || (w.lane == 0 && b.lane == 0);
+    const auto& packed_kernel = (s.lane ? k.packed.apply_down : k.packed.apply_along)[!one_a_row];
     for_patches(rows, lanes, [&](index_t r, index_t l, index_t n_rows, index_t n) {
         Patch<T> px, py, pw, pb;
         const TileStatistics<T> ps = shifted(s, r, l);
+        const index_t n_of_row = one_a_row ? 1 : n;
         gather(shifted(x, r, l), n_rows, n, px);
         multiply(ps, n_rows, n, px);
-        gather(shifted(w, r, l), n_rows, n, pw);
-        gather(shifted(b, r, l), n_rows, n, pb);
-        const auto& packed_kernel = s.lane ? k.packed.apply_down : k.packed.apply_along;
-        packed_kernel[1](packed(px, n), {reinterpret_cast<char*>(py), n * static_cast<index_t>(sizeof(T))},
-                         packed(pw, n), packed(pb, n), ps, n_rows, n, false);
+        gather(shifted(w, r, l), n_rows, n_of_row, pw);
+        gather(shifted(b, r, l), n_rows, n_of_row, pb);
+        packed_kernel(packed(px, n), {reinterpret_cast<char*>(py), n * static_cast<index_t>(sizeof(T))},
+                      packed(pw, n_of_row), packed(pb, n_of_row), ps, n_rows, n, false);
         scatter<X>(py, n_rows, n, shifted(y, r, l));
     });
 }
@@ -192,7 +198,7 @@ bool backward_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Str
                    const TileStatistics<Compute<X>>& s, index_t rows, index_t lanes, double* sum_g, double* sum_g_xhat,
                    bool stream, void (*finish)(const void*, index_t, const Sums&), const void* context) {
     using T = Compute<X>;
-    if (w.p == one<T>().p && lanes <= kConstantLanes) w.lane = sizeof(T);
+    if (w.p == one<T>().p && lanes <= kConstantLanes<T>) w.lane = sizeof(T);
     if (s.scale || !contiguous<X>(dy, lanes) || !contiguous<X>(x, lanes) || !contiguous<X>(dx, lanes) ||
         !contiguous<T>(w, lanes) || lanes * index_t{sizeof(T)} > kMostSums) {
         return false;
