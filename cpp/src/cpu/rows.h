@@ -1,0 +1,270 @@
+// The rows walk: a set is made of contiguous runs (layer, rms; batch, instance, group in NCHW).
+//
+// A set is a row of leaves: pieces of a run, or several short runs. Moments and backward sums are taken leaf by leaf
+// and merged in the order of the leaves, whoever computed them. Then y (or dx) is written, element by element.
+//
+// Here is what rows_forward.cpp and rows_backward.cpp have in common: how leaves are read, how sets are handed out, and
+// how neighbouring ones are written together.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <optional>
+
+#include "walks.h"
+
+namespace normkit::cpu {
+
+inline Nest joined(const Nest& outer, const Nest& inner) {
+    Nest all = outer;
+    for (int i = 0; i < inner.n; ++i) all.push(inner.axis[i]);
+    return all;
+}
+
+// One operand as the leaves of a set see it: rows of contiguous (or strided) elements where that is what memory holds,
+// else gathered as elements E: those of the operand, or converted.
+template <class E>
+class LeafReader {
+  public:
+    LeafReader(const Nest& runs, const Nest& run, Operand operand, Dtype dtype)
+        : operand_(operand), dtype_(dtype), runs_(collapse(runs, bit(operand))), run_(collapse(run, bit(operand))) {}
+
+    Strided operator()(const char* set, const Leaves::Leaf& leaf, E* buffer) const {
+        if (run_.n == 1 && (leaf.rows == 1 || runs_.n == 1)) {
+            const index_t lane = run_.inner().stride[operand_];
+            return {set + runs_.offset(operand_, leaf.first_run) + leaf.lane * lane, runs_.inner().stride[operand_],
+                    lane, dtype_};
+        }
+        E* to = buffer;
+        for (index_t r = 0; r < leaf.rows; ++r) {
+            const char* p = set + runs_.offset(operand_, leaf.first_run + r);
+            for (index_t at = leaf.lane, left = leaf.lanes; left > 0;) {
+                const Axis& inner = run_.inner();
+                index_t n = inner.extent - at % inner.extent;
+                if (n > left) n = left;
+                gather<E>({p + run_.offset(operand_, at), 0, inner.stride[operand_], dtype_}, 1, n, to);
+                to += n;
+                at += n;
+                left -= n;
+            }
+        }
+        return {reinterpret_cast<const char*>(buffer), leaf.lanes * index_t{sizeof(E)}, sizeof(E), kDtype<E>};
+    }
+
+    // Whether the elements of a whole leaf are the same wherever it begins in a run.
+    bool repeats() const {
+        if (runs_.size() != 1 || run_.n < 2 || kLeafLanes % run_.inner().extent != 0) return false;
+        for (int i = 0; i + 1 < run_.n; ++i) {
+            if (run_.axis[i].stride[operand_] != 0) return false;
+        }
+        return true;
+    }
+
+    // Whether every run is evenly spaced in memory.
+    bool direct() const { return run_.n == 1; }
+    bool one_row() const { return run_.n == 1 && runs_.size() == 1; }
+
+  private:
+    Operand operand_;
+    Dtype dtype_;
+    Nest runs_, run_;
+};
+
+// Cuts the sets into pieces of work of about kPieceBytes each; some sets to a piece, so that one can be read while
+// another is written.
+constexpr index_t kLeastSets = 8;
+struct SetPieces {
+    index_t sets, per;
+    // at_once: sets that are written together.
+    SetPieces(const Plan& plan, index_t element, int threads, index_t at_once) : sets(plan.sets) {
+        const index_t bytes = plan.set_size * element;
+        per = bytes > 0 ? kPieceBytes / bytes : 1;
+        if (per < kLeastSets) per = kLeastSets;
+        if (per < at_once) per = at_once;
+        const index_t fair = sets / (4 * threads);
+        if (threads > 1 && per > fair) per = fair;
+        if (per > at_once) per -= per % at_once;
+        if (per < 1) per = 1;
+    }
+    index_t count() const { return (sets + per - 1) / per; }
+    index_t first(index_t i) const { return i * per; }
+    index_t last(index_t i) const { return first(i) + per < sets ? first(i) + per : sets; }
+};
+
+// How many pieces a set is cut into when it is split: enough for the threads, and none so long that it could not be
+// interrupted.
+inline index_t pieces_per_set(const Plan& plan, index_t most, const Schedule& schedule) {
+    if (!schedule.split) return 1;
+    index_t wanted = (8 * schedule.threads + plan.sets - 1) / plan.sets;
+    const index_t least = plan.set_size / kLongestPiece;
+    if (wanted < least) wanted = least;
+    return wanted < most ? wanted : most;
+}
+
+inline index_t elements_per_piece(const Plan& plan, const Schedule& schedule) {
+    return plan.set_size / pieces_per_set(plan, plan.set_size / kStep + 1, schedule) + 1;
+}
+
+// Neighbouring sets as they are written together: the innermost kept axis, so many at a time, and their elements as
+// tiles.
+class SetTiles {
+  public:
+    // bytes: of all arrays that are read, for one element of a set. near: sums are taken of all sets before they are
+    // written, which should find them in L2.
+    SetTiles(const Plan& plan, const Nest& elements, index_t bytes, bool near)
+        : next(plan.kept.n > 0 ? plan.kept.inner() : Axis{}),
+          elements_(elements),
+          interleaved_(elements.n == 1 || is_inside(next, elements.axis[elements.n - 2])),
+          at_once_(number(plan, bytes, near)),
+          tiles_(tiles_of(at_once_)) {}
+
+    const Axis next;  // from a set to its neighbour
+
+    index_t at_once() const { return at_once_; }
+
+    // How many sets from `first` on, and before `last`.
+    index_t take(index_t first, index_t last) const {
+        return std::min({at_once_, last - first, next.extent - first % next.extent});
+    }
+
+    Offsets neighbour(index_t i) const {
+        Offsets o;
+        for (int k = 0; k < kOperands; ++k) o.at[k] = i * next.stride[k];
+        return o;
+    }
+
+    // The sets' runs as one row of lanes, if they lie side by side, short, and several times one behind the other
+    // (images of 7 x 7): what is the same for a run is then repeated for its lanes, once for all rows. 0: they don't.
+    template <class T>
+    index_t sets_in_row(unsigned operands) const {
+        if (!interleaved_ || elements_.n != 2) return 0;
+        const Axis &rows = elements_.axis[0], &run = elements_.inner();
+        if (rows.extent < kLeastRows || run.extent > kShortRun) return 0;
+        for (int o = 0; o < kOperands; ++o) {
+            if (!(operands >> o & 1)) continue;
+            const bool data = o == kX || o == kY || o == kDy;
+            if (data ? next.stride[o] != run.stride[o] * run.extent : rows.stride[o] != 0 || run.stride[o] != 0)
+                return 0;
+        }
+        const index_t n = kRowLanes<T> / run.extent;
+        return n >= 16 ? n / 16 * 16 : n / 4 * 4;  // whole cache lines, whatever the run
+    }
+    template <class T>
+    static constexpr index_t kRowLanes = 8192 / sizeof(T);
+
+    // The rows of those lanes.
+    Tiles rows_of_sets() const { return Tiles(elements_, 0); }
+
+    // `v`, one a set, for the lanes of n sets.
+    template <class T>
+    void repeat(const T* v, index_t n, T* lanes) const {
+        const index_t extent = elements_.inner().extent;
+        for (index_t i = 0; i < n; ++i) std::fill_n(lanes + i * extent, extent, v[i]);
+    }
+
+    // The tiles of n sets.
+    class Of {
+      public:
+        Of(const SetTiles& all, index_t n) : all_(all) {
+            if (all.interleaved_ && n < all.at_once_) fewer_.emplace(all.tiles_of(n));
+            per_ = tiles().count();
+            count_ = all.interleaved_ ? per_ : n * per_;
+        }
+
+        struct Tile {
+            Offsets at;  // from the first set; those of `tile` come on top
+            Tiles::Tile tile;
+            index_t set, step;  // number of the set of its first row, from row to row of sets
+            index_t sets() const { return step ? tile.rows : 1; }
+        };
+        const Tiles& tiles() const { return fewer_ ? *fewer_ : all_.tiles_; }
+        index_t count() const { return count_; }
+        Tile operator[](index_t i) const {
+            const index_t set = all_.interleaved_ ? 0 : i / per_;
+            const Tiles::Tile tile = tiles()[i - set * per_];
+            return {all_.neighbour(set), tile, set + tile.at[kSet], index_t{all_.interleaved_}};
+        }
+
+      private:
+        const SetTiles& all_;
+        std::optional<Tiles> fewer_;
+        index_t per_, count_;
+    };
+
+  private:
+    static bool is_inside(const Axis& a, const Axis& b) {
+        return std::abs(a.stride[kX]) < std::abs(b.stride[kX]) && std::abs(a.stride[kY]) < std::abs(b.stride[kY]);
+    }
+
+    // Enough for rows of some length where sets are short, or where their runs lie interleaved in memory (batch norm of
+    // small images), so that memory is read and written in order.
+    index_t number(const Plan& plan, index_t bytes, bool near) const {
+        const index_t set = plan.set_size * bytes, run = plan.run.size() * bytes;
+        index_t n = kNearBytes / set;
+        if (interleaved_ && elements_.n > 1) {
+            const index_t rows = (near ? kShortRows : kPieceBytes) / run, most = kPieceBytes / set;
+            const index_t wanted = !near || rows < most ? rows : most;
+            if (wanted > n) n = wanted;
+            while (n & (n - 1)) n &= n - 1;  // as sets_in_row, for most runs
+        }
+        return n < 1 ? 1 : n > kSetsAtOnce ? kSetsAtOnce : n;
+    }
+
+    // The elements of n sets, if they are interleaved, or else of one, in the order of memory.
+    Tiles tiles_of(index_t n) const {
+        if (!interleaved_) return Tiles(elements_, 0);
+        Nest all = elements_.without_inner();
+        Axis sets = next;
+        sets.extent = n;
+        all.push(sets);
+        all.push(elements_.inner());
+        return Tiles(all, 0);
+    }
+
+    static constexpr index_t kLeastRows = 8, kShortRun = 256;
+
+    const Nest elements_;
+    const bool interleaved_;  // rows of neighbouring sets lie between those of a set, or a set is one row
+    const index_t at_once_;
+    const Tiles tiles_;  // of as many sets
+};
+
+// What is one a set, for the lanes of sets that lie in one row.
+template <class T>
+class Lanes {
+  public:
+    Lanes(const SetTiles& tiles, const TileStatistics<T>& sets, index_t n, bool backward) : tiles_(tiles), n_(n) {
+        statistics.hi = repeated(sets.hi);
+        statistics.lo = repeated(sets.lo);
+        statistics.rstd = repeated(sets.rstd);
+        if (backward) {
+            statistics.mean_g = repeated(sets.mean_g);
+            statistics.mean_g_xhat = repeated(sets.mean_g_xhat);
+        }
+        statistics.lane = 1;
+    }
+
+    // Of elements T.
+    Strided parameter(const char* base, const Offsets& at, Operand o, Strided absent) {
+        if (!base) return absent;
+        T of_sets[kSetsAtOnce];
+        for (index_t i = 0; i < n_; ++i) of_sets[i] = read<T>(base + at[o] + i * tiles_.next.stride[o]);
+        return {reinterpret_cast<const char*>(repeated(of_sets)), 0, sizeof(T), kDtype<T>};
+    }
+
+    TileStatistics<T> statistics;
+
+  private:
+    const T* repeated(const T* of_sets) {
+        T* const lanes = lanes_[used_++];
+        tiles_.repeat(of_sets, n_, lanes);
+        return lanes;
+    }
+
+    const SetTiles& tiles_;
+    const index_t n_;
+    int used_ = 0;
+    T lanes_[7][SetTiles::kRowLanes<T>];
+};
+
+}  // namespace normkit::cpu

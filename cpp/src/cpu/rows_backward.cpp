@@ -1,0 +1,471 @@
+// The rows walk, backward: sums cell by cell (batch, instance, group) or down the rows (layer, rms), and dx.
+
+#include "rows.h"
+
+namespace normkit::cpu {
+namespace {
+
+constexpr unsigned kBackwardOperands = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kGradient);
+
+Nest rows_and_lanes(const Axis& rows, const Axis& lanes) {
+    Nest two;
+    two.push(rows);
+    two.push(lanes);
+    return two;
+}
+
+// The axes of a set by what they are to the parameters. A cell is where a set and the elements that share one parameter
+// meet. Where the innermost axis carries parameters (layer, rms) a cell is a single element: `by_element`.
+struct Cells {
+    Nest index;      // from cell to cell of a set
+    Nest runs, run;  // within a cell
+    bool by_element;
+
+    explicit Cells(const Plan& plan) {
+        by_element = plan.run.n > 0 && plan.run.inner().stride[kGradient] != 0;
+        int run_begin = plan.run.n;
+        while (run_begin > 0 && plan.run.axis[run_begin - 1].stride[kGradient] == 0) --run_begin;
+        for (const Nest* nest : {&plan.runs, &plan.run}) {
+            for (int i = 0; i < nest->n; ++i) {
+                const Axis& a = nest->axis[i];
+                if (a.stride[kGradient] != 0) {
+                    index.push(a);
+                } else if (nest == &plan.run && i >= run_begin) {
+                    run.push(a);
+                } else {
+                    runs.push(a);
+                }
+            }
+        }
+    }
+};
+
+template <class X>
+class RowsBackward {
+    using T = Compute<X>;
+
+  public:
+    RowsBackward(const Plan& plan, const BackwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule)
+        : plan_(plan),
+          call_(call),
+          k_(kernels),
+          schedule_(schedule),
+          cells_(plan),
+          index_(cells_.by_element ? Nest{} : cells_.index),
+          runs_(cells_.by_element ? plan.runs : cells_.runs),
+          run_(cells_.by_element ? plan.run : cells_.run),
+          leaves_(runs_.size(), run_.size()),
+          read_dy_(runs_, run_, kDy, call.dtype),
+          read_x_(runs_, run_, kX, call.dtype),
+          read_w_(runs_, run_, kWeight, call.weight_dtype),
+          weights_repeat_(read_w_.repeats()),
+          set_is_row_(read_dy_.one_row() && read_x_.one_row() && read_w_.one_row()),
+          leaf_is_set_(leaves_.count() == 1 && set_is_row_),
+          elements_(collapse(joined(plan.runs, plan.run), kBackwardOperands)),
+          leaf_is_cell_(leaves_.count() == 1 && read_dy_.one_row() && read_x_.one_row()),
+          tiles_(plan, elements_, 2 * sizeof(X), true),
+          sets_in_row_(sets_in_row()),
+          storage_(plan.sets * SetStatistics<T>::kArrays),
+          statistics_(storage_.get(), plan.sets) {}
+
+    void run() {
+        if (cells_.by_element) {
+            by_element();
+        } else {
+            by_cell();
+        }
+    }
+
+  private:
+    bool wants_set_sums() const { return call_.dx && !call_.constant_statistics; }
+
+    void load_statistics(index_t set) {
+        statistics_.put(set, given_statistic(call_, plan_.kept.offset(kStatistic, set)));
+    }
+
+    // Sums over leaf l of cell `at`, of dy in cells (their weight comes later), of g = w * dy elsewhere.
+    // `weights`: those of the leaf before.
+    struct LeafWeights {
+        T buffer[kLeafLanes];
+        Strided w = one<T>();
+        index_t lanes = 0;
+    };
+    Sums leaf(const Offsets& at, index_t l, const TileStatistics<T>& s, LeafWeights* weights) const {
+        X dy[kLeafLanes], x[kLeafLanes];
+        const Leaves::Leaf piece = leaves_[l];
+        if (cells_.by_element && call_.weight && !(weights_repeat_ && piece.lanes <= weights->lanes)) {
+            weights->w = read_w_(call_.weight + at[kWeight], piece, weights->buffer);
+            weights->lanes = piece.lanes;
+        }
+        return sums_along(k_, read_dy_(call_.dy + at[kDy], piece, dy), read_x_(call_.x + at[kX], piece, x), weights->w,
+                          s, piece.rows, piece.lanes);
+    }
+
+    // From the sums of a set's cells (of all leaves of it, where by element) to what dx needs.
+    void finish(index_t set, const Sums* cells) {
+        if (!wants_set_sums()) return;
+        const Offsets at = plan_.kept.offsets(set);
+        Sums sums;
+        for (index_t c = 0, n = index_.size(); c < n; ++c) {
+            double w = 1;
+            if (!cells_.by_element && call_.weight) {
+                w = static_cast<T>(
+                    read_double(call_.weight + at[kWeight] + cell_offset(kWeight, c), call_.weight_dtype));
+            }
+            sums.g += w * cells[c].g;
+            sums.g_xhat += w * cells[c].g_xhat;
+        }
+        const double count = static_cast<double>(plan_.set_size);
+        statistics_.put_sums(set, plan_.center ? sums.g / count : 0, sums.g_xhat / count);
+    }
+
+    // Of cell c from the first of its set.
+    index_t cell_offset(Operand operand, index_t c) const {
+        return index_.n == 1 ? c * index_.inner().stride[operand] : index_.offset(operand, c);
+    }
+
+    // The sums of all cells of n neighbouring sets.
+    void cells_of(index_t set, index_t n, Sums* sums) const {
+        const index_t per_set = index_.size();
+        if (!leaf_is_cell_ || index_.n > 1) {
+            for (index_t c = 0; c < n * per_set; ++c) sums[c] = cell(set + c / per_set, c % per_set);
+            return;
+        }
+        // Rows that follow each other at one distance: the cells of a set, or sets of one cell.
+        const Offsets at = plan_.kept.offsets(set);
+        const Axis& next = per_set > 1 ? index_.inner() : tiles_.next;
+        const Leaves::Leaf row = leaves_[0];
+        for (index_t i = 0; i < (per_set > 1 ? n : 1); ++i) {
+            const Offsets here = at + tiles_.neighbour(i);
+            Strided dy = read_dy_(call_.dy + here[kDy], row, nullptr), x = read_x_(call_.x + here[kX], row, nullptr);
+            dy.row = next.stride[kDy];
+            x.row = next.stride[kX];
+            const index_t rows = per_set > 1 ? per_set : n;
+            const TileStatistics<T> s =
+                per_set > 1 ? statistics_.tile(set + i, 0, 0, 1) : statistics_.tile(set, 1, 0, n);
+            sums_of_rows(k_, dy, x, one<T>(), s, rows, row.lanes, sums + i * per_set);
+        }
+    }
+
+    Sums cell(index_t set, index_t c) const {
+        const TileStatistics<T> s = statistics_.tile(set, 0, 0, 1);
+        const Offsets at = plan_.kept.offsets(set) + index_.offsets(c);
+        LeafWeights weights;
+        Sums sums = leaf(at, 0, s, &weights);
+        for (index_t l = 1; l < leaves_.count(); ++l) sums += leaf(at, l, s, &weights);
+        return sums;
+    }
+
+    // Batch, instance, group: the sums of the cells serve both the sets and the parameters.
+    void by_cell() {
+        const index_t per_set = index_.size();
+        const Buffer<Sums> sums(plan_.sets * per_set);
+        const Buffer<Sums> parameters = zeroed_sums(call_);
+        const bool wants_sums = wants_set_sums() || call_.parameters;
+        if (schedule_.resident && !schedule_.split) {
+            const SetPieces pieces(plan_, 2 * sizeof(X), schedule_.threads, tiles_.at_once());
+            parallel_for(pieces.count(), schedule_.threads, [&](index_t i) {
+                for (index_t set = pieces.first(i), n; set < pieces.last(i) && !gives_up(); set += n) {
+                    n = tiles_.take(set, pieces.last(i));
+                    for (index_t j = set; j < set + n; ++j) load_statistics(j);
+                    if (wants_sums) {
+                        cells_of(set, n, &sums[set * per_set]);
+                        for (index_t j = set; j < set + n; ++j) finish(j, &sums[j * per_set]);
+                    }
+                    if (call_.dx) dx_of_sets(set, n);
+                }
+            });
+        } else {
+            two_sweeps(sums, wants_sums);
+        }
+        if (!call_.parameters) return;
+        for (index_t set = 0; set < plan_.sets; ++set) {
+            const index_t at = plan_.kept.offset(kGradient, set);
+            for (index_t c = 0; c < per_set; ++c) {
+                parameters[at + cell_offset(kGradient, c)] += sums[set * per_set + c];
+            }
+        }
+        write_parameters(call_, 0, call_.parameters, parameters.get());
+    }
+
+    // All leaves of all cells, then the sets' means; then dx, tile by tile.
+    void two_sweeps(const Buffer<Sums>& sums, bool wants_sums) {
+        for (index_t set = 0; set < plan_.sets; ++set) load_statistics(set);
+        if (wants_sums) sweep_sums(sums);
+        if (!call_.dx) return;
+        const Tiles tiles(elements_, elements_per_piece(plan_, schedule_));
+        const index_t n = plan_.sets * tiles.count();
+        parallel_for(n, schedule_.threads, [&](index_t back) {  // backwards, as in the forward pass
+            const index_t i = n - 1 - back, set = i / tiles.count();
+            dx_tile(plan_.kept.offsets(set), tiles, tiles[i % tiles.count()], statistics_.tile(set, 0, 0, 1));
+        });
+    }
+
+    void sweep_sums(const Buffer<Sums>& sums) {
+        const index_t per_set = index_.size(), leaves = leaves_.count(), all = per_set * leaves;
+        const Buffer<Sums> parts(plan_.sets * all);
+        const index_t pieces = pieces_per_set(plan_, all, schedule_);
+        parallel_for(plan_.sets * pieces, schedule_.threads, [&](index_t i) {
+            const index_t set = i / pieces, piece = i % pieces;
+            const TileStatistics<T> s = statistics_.tile(set, 0, 0, 1);
+            const Offsets at = plan_.kept.offsets(set);
+            LeafWeights weights;
+            for (index_t l = all * piece / pieces; l < all * (piece + 1) / pieces; ++l) {
+                parts[set * all + l] = leaf(at + index_.offsets(l / leaves), l % leaves, s, &weights);
+            }
+        });
+        for (index_t set = 0; set < plan_.sets; ++set) {
+            for (index_t c = 0; c < per_set; ++c) {
+                const Sums* part = &parts[set * all + c * leaves];
+                Sums total = part[0];
+                for (index_t l = 1; l < leaves; ++l) total += part[l];
+                sums[set * per_set + c] = total;
+            }
+            finish(set, &sums[set * per_set]);
+        }
+    }
+
+    void dx_of_sets(index_t first, index_t n) const {
+        const Offsets from = plan_.kept.offsets(first);
+        if (n > 1 && dx_in_rows(from, first, n)) return;
+        const SetTiles::Of all(tiles_, n);
+        for (index_t i = 0; i < all.count(); ++i) {
+            const SetTiles::Of::Tile t = all[i];
+            dx_tile(from + t.at, all.tiles(), t.tile, statistics_.tile(first + t.set, t.step, 0, t.sets()));
+        }
+    }
+
+    index_t sets_in_row() const {
+        const bool one_dtype = !call_.weight || call_.weight_dtype == kDtype<T>;
+        return one_dtype && wants_set_sums() ? tiles_.template sets_in_row<T>(kBackwardOperands & ~bit(kGradient)) : 0;
+    }
+
+    bool dx_in_rows(const Offsets& from, index_t first, index_t n_sets) const {
+        if (sets_in_row_ == 0 || statistics_.tile(first, 1, 0, n_sets).scale) return false;
+        const Tiles rows = tiles_.rows_of_sets();
+        for (index_t i = 0; i < n_sets; i += sets_in_row_) {
+            const index_t n = std::min(sets_in_row_, n_sets - i), lanes = n * rows.lanes.extent;
+            const Offsets at = from + tiles_.neighbour(i);
+            Lanes<T> l(tiles_, statistics_.tile(first + i, 1, 0, n), n, true);
+            backward(k_, operand(call_.dy, call_.dtype, at, rows, kDy), operand(call_.x, call_.dtype, at, rows, kX),
+                     l.parameter(call_.weight, at, kWeight, one<T>()), operand(call_.dx, call_.dtype, at, rows, kY),
+                     l.statistics, rows.rows.extent, lanes, nullptr, nullptr, schedule_.stream);
+        }
+        return true;
+    }
+
+    void dx_tile(const Offsets& set, const Tiles& tiles, const Tiles::Tile& tile, const TileStatistics<T>& s) const {
+        write_dx(k_, call_, set + tile.at, tiles, tile.rows, tile.lanes, s, nullptr, nullptr, schedule_.stream);
+    }
+
+    // Layer, rms: dx and the gradients of the parameters in one reading, down kSumRows rows at a time. The rows that
+    // share a parameter are summed in blocks that depend on their number only; a block's sums are in double.
+    void by_element() {
+        const Grid grid(plan_);
+        const RowBlocks blocks(grid.rows.size(), kSumRows, kSumRows);
+        const bool one_reading = grid.rows_are_sets && blocks.count() >= schedule_.threads && !schedule_.split &&
+                                 schedule_.resident && (blocks.count() > 1 || grid.lanes.extent <= kLeafLanes);
+        if (!one_reading) all_set_sums();
+        // The sums of a single block are the gradients, piece by piece of the lanes.
+        const bool single = call_.parameters && blocks.count() == 1 && grid.others.size() == 1;
+        const Buffer<double> sums(call_.parameters && !single ? 2 * blocks.count() * grid.width() : 0);
+        // Few blocks: their lanes are shared too.
+        const index_t extent = grid.lanes.extent;
+        index_t pieces = one_reading ? 1 : lane_pieces_for(blocks.count() * grid.others.size(), extent);
+        const index_t least = (extent + kLeafLanes - 1) / kLeafLanes;
+        if (single && pieces < least) pieces = least;
+        const index_t lanes_per = ((extent + pieces - 1) / pieces + 63) / 64 * 64;
+
+        parallel_for(blocks.count() * pieces, schedule_.threads, [&](index_t i) {
+            const index_t block = i / pieces, lane = i % pieces * lanes_per;
+            const index_t lanes = extent - lane < lanes_per ? extent - lane : lanes_per;
+            if (lanes <= 0) return;
+            double own[2 * kLeafLanes];
+            double* sum_g = call_.parameters ? &sums[2 * block * grid.width() + lane] : nullptr;
+            if (single) sum_g = own;
+            double* const sum_g_xhat = sum_g + (single ? kLeafLanes : grid.width());
+            block_of_rows(grid, blocks.first(block), blocks.size(block), lane, lanes, one_reading, sum_g, sum_g_xhat);
+            if (single) write_lanes(grid, 0, lane, lanes, sum_g, sum_g_xhat);
+        });
+        if (call_.parameters && !single) fold_blocks(grid, blocks.count(), sums.get());
+    }
+
+    // The axes by what they are to the parameters: rows add up to one parameter, lanes and `others` don't.
+    struct Grid {
+        Nest rows, others;
+        Axis lanes;
+        bool rows_are_sets = true;
+
+        explicit Grid(const Plan& plan) {
+            const Nest run = collapse(plan.run, kBackwardOperands);
+            for (const Nest& nest : {plan.kept, plan.runs, run.without_inner()}) {
+                for (int i = 0; i < nest.n; ++i) {
+                    const Axis& a = nest.axis[i];
+                    const bool apart = a.stride[kGradient] != 0;
+                    (apart ? others : rows).push(a);
+                    rows_are_sets = rows_are_sets && apart == a.reduced;
+                }
+            }
+            lanes = run.inner();
+            rows = collapse(rows, kBackwardOperands | bit(kSet) | bit(kStatistic));
+        }
+        index_t width() const { return others.size() * lanes.extent; }
+    };
+
+    // dx of `lanes` lanes of some rows, and their sums down the rows to sum_g and sum_g_xhat (null: none).
+    // own_sets: the rows are sets, whose sums have not been taken yet.
+    void block_of_rows(const Grid& grid, index_t first, index_t rows, index_t lane, index_t lanes, bool own_sets,
+                       double* sum_g, double* sum_g_xhat) {
+        const index_t others = grid.others.size(), extent = grid.lanes.extent;
+        for (index_t o = 0; sum_g && o < others; ++o) {
+            for (index_t l = 0; l < lanes; ++l) sum_g[o * extent + l] = sum_g_xhat[o * extent + l] = 0;
+        }
+        const Tiles tile(rows_and_lanes(grid.rows.inner(), grid.lanes), 0);
+        for (index_t r = first; r < first + rows && !gives_up();) {
+            const Axis& inner = grid.rows.inner();
+            index_t n = inner.extent - r % inner.extent;
+            if (n > kSumRows) n = kSumRows;
+            if (n > first + rows - r) n = first + rows - r;
+            const Offsets row = grid.rows.offsets(r);
+            r += n;
+            if (own_sets && row_by_row(row, tile, n, lanes, sum_g, sum_g_xhat)) continue;
+            if (own_sets) sums_of_sets(row[kSet], inner.stride[kSet], n);
+            for (index_t o = 0; o < others; ++o) {
+                Offsets at = row + grid.others.offsets(o);
+                for (int k = 0; k < kOperands; ++k) at.at[k] += lane * grid.lanes.stride[k];
+                const TileStatistics<T> s = statistics_.tile(at[kSet], inner.stride[kSet], 0, n);
+                const index_t to = o * extent;
+                write_dx(k_, call_, at, tile, n, lanes, s, sum_g ? sum_g + to : nullptr,
+                         sum_g ? sum_g_xhat + to : nullptr, schedule_.stream);
+            }
+        }
+    }
+
+    // The same for sets that are one row each, by a kernel that does the sums of one beside dx of another.
+    // False where the kernels can't.
+    bool row_by_row(const Offsets& at, const Tiles& tile, index_t rows, index_t lanes, double* sum_g,
+                    double* sum_g_xhat) {
+        if (!schedule_.by_row || !set_is_row_ || elements_.n > 1) return false;
+        if (tile.rows.stride[kSet] != 1) return false;
+        for (index_t i = 0; i < rows; ++i) load_statistics(at[kSet] + i);
+        const RowsFrom context{this, at[kSet]};
+        const auto finish_row = [](const void* c, index_t row, const Sums& sums) {
+            const auto* from = static_cast<const RowsFrom*>(c);
+            from->walk->finish(from->first + row, &sums);
+        };
+        return backward_rows(k_, operand(call_.dy, call_.dtype, at, tile, kDy),
+                             operand(call_.x, call_.dtype, at, tile, kX),
+                             parameter(call_.weight, call_.weight_dtype, at, tile, kWeight, one<T>()),
+                             operand(call_.dx, call_.dtype, at, tile, kY), statistics_.tile(at[kSet], 1, 0, rows), rows,
+                             lanes, sum_g, sum_g_xhat, schedule_.stream, finish_row, &context);
+    }
+
+    struct RowsFrom {
+        RowsBackward* walk;
+        index_t first;  // set
+    };
+
+    // The sums of all blocks, in order, to the gradients.
+    void fold_blocks(const Grid& grid, index_t blocks, const double* sums) const {
+        const index_t width = grid.width(), extent = grid.lanes.extent, per = kLeafLanes / 4;
+        const index_t pieces = (extent + per - 1) / per;
+        parallel_for(grid.others.size() * pieces, blocks * width < kPieceBytes / 16 ? 1 : schedule_.threads,
+                     [&](index_t i) {
+                         const index_t other = i / pieces, lane = i % pieces * per;
+                         const index_t n = extent - lane < per ? extent - lane : per;
+                         double total[per] = {}, total_xhat[per] = {};
+                         for (index_t block = 0; block < blocks; ++block) {
+                             const double *g = sums + 2 * block * width + other * extent + lane, *g_xhat = g + width;
+                             for (index_t l = 0; l < n; ++l) total[l] += g[l];
+                             for (index_t l = 0; l < n; ++l) total_xhat[l] += g_xhat[l];
+                         }
+                         write_lanes(grid, other, lane, n, total, total_xhat);
+                     });
+    }
+
+    void write_lanes(const Grid& grid, index_t other, index_t lane, index_t n, const double* g,
+                     const double* g_xhat) const {
+        const index_t stride = grid.lanes.stride[kGradient];
+        const index_t first = grid.others.offset(kGradient, other) + lane * stride;
+        write_doubles(call_.dweight, call_.dweight_dtype, first, stride, n, g_xhat);
+        write_doubles(call_.dbias, call_.dbias_dtype, first, stride, n, g);
+    }
+
+    index_t lane_pieces_for(index_t pieces, index_t lanes) const {
+        const bool few = schedule_.threads > 1 && pieces < 4 * schedule_.threads;
+        index_t wanted = few ? (4 * schedule_.threads + pieces - 1) / pieces : 1;
+        const index_t least = lanes * kSumRows / kLongestPiece;  // none so long that it could not be interrupted
+        if (wanted < least) wanted = least;
+        const index_t most = (lanes + 255) / 256;
+        return wanted < most ? wanted : most;
+    }
+
+    void set_sums(index_t set) {
+        load_statistics(set);
+        if (!wants_set_sums()) return;
+        const Sums sums = cell(set, 0);
+        finish(set, &sums);
+    }
+
+    // The same for `n` <= kSumRows sets, `step` apart.
+    void sums_of_sets(index_t set, index_t step, index_t n) {
+        const Axis& next = plan_.kept.n > 0 ? plan_.kept.inner() : Axis{};
+        if (!wants_set_sums() || step != 1 || !leaf_is_set_ || set % next.extent + n > next.extent) {
+            for (index_t i = 0; i < n; ++i) set_sums(set + i * step);
+            return;
+        }
+        for (index_t i = 0; i < n; ++i) load_statistics(set + i);
+        const Offsets at = plan_.kept.offsets(set);
+        const Leaves::Leaf row = leaves_[0];
+        Strided dy = read_dy_(call_.dy + at[kDy], row, nullptr), x = read_x_(call_.x + at[kX], row, nullptr);
+        dy.row = next.stride[kDy];
+        x.row = next.stride[kX];
+        const Strided w = call_.weight ? read_w_(call_.weight, row, nullptr) : one<T>();
+        Sums sums[kSumRows];
+        sums_of_rows(k_, dy, x, w, statistics_.tile(set, 1, 0, n), n, row.lanes, sums);
+        for (index_t i = 0; i < n; ++i) finish(set + i, &sums[i]);
+    }
+
+    void all_set_sums() {
+        if (schedule_.split && wants_set_sums()) {
+            for (index_t set = 0; set < plan_.sets; ++set) load_statistics(set);
+            const Buffer<Sums> sums(plan_.sets);
+            sweep_sums(sums);
+            return;
+        }
+        const SetPieces pieces(plan_, 2 * sizeof(X), schedule_.threads, tiles_.at_once());
+        parallel_for(pieces.count(), schedule_.threads, [&](index_t i) {
+            for (index_t set = pieces.first(i); set < pieces.last(i); ++set) set_sums(set);
+        });
+    }
+
+    const Plan& plan_;
+    const BackwardCall& call_;
+    const KernelPair<X>& k_;
+    const Schedule schedule_;
+    const Cells cells_;
+    const Nest index_, runs_, run_;
+    const Leaves leaves_;
+    const LeafReader<X> read_dy_, read_x_;
+    const LeafReader<T> read_w_;
+    const bool weights_repeat_, set_is_row_, leaf_is_set_;
+    const Nest elements_;
+    const bool leaf_is_cell_;
+    const SetTiles tiles_;
+    const index_t sets_in_row_;  // 0: dx of none is written so
+    const Buffer<T> storage_;
+    SetStatistics<T> statistics_;
+};
+
+}  // namespace
+
+template <class X>
+void rows_backward(const Plan& plan, const BackwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule) {
+    RowsBackward<X>(plan, call, kernels, schedule).run();
+}
+
+#define NORMKIT_INSTANTIATE(name, X, T) \
+    template void rows_backward<X>(const Plan&, const BackwardCall&, const KernelPair<X>&, const Schedule&);
+NORMKIT_FOR_DTYPES(NORMKIT_INSTANTIATE)
+
+}  // namespace normkit::cpu

@@ -1,0 +1,344 @@
+// The rows walk, forward: moments set by set, then y; or those of one set beside the writing of another.
+
+#include "rows.h"
+
+namespace normkit::cpu {
+namespace {
+
+constexpr index_t kLeavesAtOnce = 8;
+constexpr unsigned kForwardOperands = bit(kX) | bit(kY) | bit(kWeight) | bit(kBias);
+
+template <class X>
+class RowsForward {
+    using T = Compute<X>;
+
+  public:
+    RowsForward(const Plan& plan, const ForwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule)
+        : plan_(plan),
+          call_(call),
+          k_(kernels),
+          schedule_(schedule),
+          leaves_(plan.runs.size(), plan.run.size()),
+          read_x_(plan.runs, plan.run, kX, call.dtype),
+          set_(joined(plan.runs, plan.run)),
+          elements_(collapse(set_, kForwardOperands)),
+          leaf_is_set_(leaves_.count() == 1 && read_x_.one_row()),
+          tiles_(plan, elements_, sizeof(X), !call.given),
+          sets_in_row_(sets_in_row()) {}
+
+    void run() {
+        if (schedule_.resident && !schedule_.split) {
+            const SetPieces pieces(plan_, sizeof(X), schedule_.threads, tiles_.at_once());
+            parallel_for(pieces.count(), schedule_.threads,
+                         [&](index_t i) { whole_sets(pieces.first(i), pieces.last(i)); });
+        } else {
+            two_sweeps();
+        }
+    }
+
+  private:
+    // Neighbouring sets whose moments are taken before they are written.
+    struct Batch {
+        Batch() {}
+
+        index_t first = 0, n = 0;
+        Offsets at;  // of the first
+        union {      // not initialized: small calls would notice
+            Moments moments[kSetsAtOnce];
+        };
+        T storage[SetStatistics<T>::kArrays * kSetsAtOnce];
+        SetStatistics<T> statistics{storage, kSetsAtOnce};
+    };
+
+    void whole_sets(index_t first, index_t last) const {
+        if (schedule_.by_row) {
+            if (!row_by_row(first, last)) whole_sets_beside(first, last);
+            return;
+        }
+        Batch batch;
+        for (index_t set = first; set < last && !gives_up(); set += batch.n) {
+            take(set, last, &batch);
+            moments_of(&batch, nullptr);
+            finish(&batch);
+            if (call_.y) write(batch);
+        }
+    }
+
+    // The moments of one batch beside the writing of the one before.
+    void whole_sets_beside(index_t first, index_t last) const {
+        Batch batches[2];
+        Writing writing(*this);
+        for (index_t set = first, i = 0; set < last && !gives_up(); i ^= 1) {
+            Batch& batch = batches[i];
+            take(set, last, &batch);
+            moments_of(&batch, &writing);
+            writing.rest();
+            finish(&batch);
+            writing.begin(batch);
+            set += batch.n;
+        }
+        writing.rest();
+    }
+
+    // A batch that is written beside other work: tile by tile, as far as kernels can do that, and then the rest.
+    class Writing {
+      public:
+        explicit Writing(const RowsForward& walk) : walk_(walk) {}
+
+        // The batch must stay where it is.
+        void begin(const Batch& batch) {
+            if (batch.n > 1 && walk_.sets_in_row_ > 0) {
+                walk_.write(batch);
+                return;
+            }
+            batch_ = &batch;
+            all_.emplace(walk_.tiles_, batch.n);
+            i_ = 0;
+            take();
+        }
+        // What is to be written now; null: nothing.
+        Unwritten<X>* tile() {
+            while (batch_ && tile_.done()) next();
+            return batch_ ? &tile_ : nullptr;
+        }
+        void rest() {
+            while (batch_) {
+                write_rest(walk_.k_, &tile_);
+                next();
+            }
+        }
+
+      private:
+        // Written at once where it can't be done beside anything.
+        void take() {
+            const ApplyTo<X> tile = walk_.tile_of(*batch_, *all_, i_);
+            tile_ = {};
+            if (!to_write_beside(tile, &tile_)) apply(walk_.k_, tile);
+        }
+        void next() {
+            if (++i_ < all_->count()) {
+                take();
+            } else {
+                batch_ = nullptr;
+            }
+        }
+
+        const RowsForward& walk_;
+        const Batch* batch_ = nullptr;
+        std::optional<SetTiles::Of> all_;
+        index_t i_ = 0;
+        Unwritten<X> tile_;
+    };
+
+    // Sets that are one row each: a kernel does the moments of one beside the writing of another. False where the
+    // kernels can't take the rows as they lie.
+    bool row_by_row(index_t first, index_t last) const {
+        if (leaves_.count() > kLeavesOfRow || !read_x_.one_row() || elements_.n > 1) return false;
+        const Tiles row(elements_, 0);
+        for (index_t set = first, n; set < last; set += n) {
+            n = std::min(last - set, tiles_.next.extent - set % tiles_.next.extent);
+            const RowsFrom context{*this, plan_.kept.offsets(set)};
+            Tiles tiles = row;
+            tiles.rows = tiles_.next;
+            if (!forward_rows(k_, tile_at(context.at, tiles, {Offsets{}, n, row.lanes.extent}, {}),
+                              In{call_.x + context.at[kX], tiles_.next.stride[kX]}, plan_.center,
+                              {finish_row, &context})) {
+                return false;
+            }
+        }
+        return true;
+    }
+
+    struct RowsFrom {
+        const RowsForward& walk;
+        const Offsets at;
+    };
+
+    // FinishRow. A set that has to be scaled is written here.
+    static bool finish_row(const void* context, index_t row, const Moments* leaves, index_t count, T (&hi_lo_rstd)[3]) {
+        const auto& [walk, first] = *static_cast<const RowsFrom*>(context);
+        Moments m = leaves[0];
+        for (index_t l = 1; l < count; ++l) m.merge(leaves[l]);
+        const index_t x = first[kX] + row * walk.tiles_.next.stride[kX];
+        const index_t statistic = first[kStatistic] + row * walk.tiles_.next.stride[kStatistic];
+        const Split<T> s =
+            split<T>(finish_set<X>(walk.call_, walk.set_, walk.call_.x + x, walk.plan_.center, m, statistic));
+        hi_lo_rstd[0] = s.hi;
+        hi_lo_rstd[1] = s.lo;
+        hi_lo_rstd[2] = s.rstd;
+        if (s.scale == 1) return true;
+        Batch alone;
+        alone.n = 1;
+        alone.at = first + walk.tiles_.neighbour(row);
+        alone.statistics.put(0, s);
+        walk.write(alone);
+        return false;
+    }
+
+    void take(index_t first, index_t last, Batch* batch) const {
+        batch->first = first;
+        batch->n = tiles_.take(first, last);
+        batch->at = plan_.kept.offsets(first);
+    }
+
+    void moments_of(Batch* batch, Writing* writing) const {
+        if (call_.given) return;
+        const index_t next = tiles_.next.stride[kX], leaves = leaves_.count();
+        const char* x = call_.x + batch->at[kX];
+        if (leaf_is_set_) {
+            const Leaves::Leaf row = leaves_[0];
+            moments_along(k_, read_x_(x, row, nullptr), In{x, next}, 1, row.lanes, next, batch->n, plan_.center,
+                          batch->moments, writing ? writing->tile() : nullptr);
+            return;
+        }
+        for (index_t i = 0; i < batch->n; ++i, x += next) {
+            Moments all;
+            for (index_t l = 0; l < leaves;) {
+                Moments some[kLeavesAtOnce];
+                const index_t n = some_leaves(x, l, leaves, some, writing ? writing->tile() : nullptr);
+                for (index_t j = 0; j < n; ++j) all.merge(some[j]);
+                l += n;
+            }
+            batch->moments[i] = all;
+        }
+    }
+
+    void write(const Batch& batch) const {
+        if (batch.n > 1 && write_in_rows(batch)) return;
+        const SetTiles::Of all(tiles_, batch.n);
+        for (index_t i = 0; i < all.count(); ++i) apply(k_, tile_of(batch, all, i));
+    }
+
+    index_t sets_in_row() const {
+        const bool one_dtype =
+            (!call_.weight || call_.weight_dtype == kDtype<T>) && (!call_.bias || call_.bias_dtype == kDtype<T>);
+        return one_dtype ? tiles_.template sets_in_row<T>(kForwardOperands) : 0;
+    }
+
+    bool write_in_rows(const Batch& batch) const {
+        if (sets_in_row_ == 0 || batch.statistics.tile(0, 1, 0, batch.n).scale) return false;
+        const Tiles rows = tiles_.rows_of_sets();
+        for (index_t i = 0; i < batch.n; i += sets_in_row_) {
+            const index_t n = std::min(sets_in_row_, batch.n - i), lanes = n * rows.lanes.extent;
+            const Offsets at = batch.at + tiles_.neighbour(i);
+            Lanes<T> l(tiles_, batch.statistics.tile(i, 1, 0, n), n, false);
+            apply(k_, {operand(call_.x, call_.dtype, at, rows, kX), operand(call_.y, call_.dtype, at, rows, kY),
+                       l.parameter(call_.weight, at, kWeight, one<T>()), l.parameter(call_.bias, at, kBias, zero<T>()),
+                       l.statistics, rows.rows.extent, lanes, schedule_.stream});
+        }
+        return true;
+    }
+
+    void finish(Batch* batch) const {
+        for (index_t i = 0; i < batch->n; ++i) {
+            const index_t statistic = batch->at[kStatistic] + i * tiles_.next.stride[kStatistic];
+            if (call_.given) {
+                batch->statistics.put(i, given_statistic(call_, statistic));
+                continue;
+            }
+            const char* x = call_.x + batch->at[kX] + i * tiles_.next.stride[kX];
+            batch->statistics.put(i, finish_set<X>(call_, set_, x, plan_.center, batch->moments[i], statistic));
+        }
+    }
+
+    // For sets that are shared: all leaves, then each set's merge, then all elements.
+    void two_sweeps() const {
+        const index_t leaves = leaves_.count();
+        const index_t leaf_pieces = pieces_per_set(plan_, leaves, schedule_);
+        const Buffer<Moments> moments(call_.given ? 0 : plan_.sets * leaves);
+        const Buffer<T> storage(plan_.sets * SetStatistics<T>::kArrays);
+        SetStatistics<T> statistics(storage.get(), plan_.sets);
+        if (!call_.given) {
+            parallel_for(plan_.sets * leaf_pieces, schedule_.threads, [&](index_t i) {
+                const index_t set = i / leaf_pieces, piece = i % leaf_pieces;
+                const char* x = call_.x + plan_.kept.offset(kX, set);
+                const index_t first = leaves * piece / leaf_pieces, last = leaves * (piece + 1) / leaf_pieces;
+                for (index_t l = first; l < last;) l += some_leaves(x, l, last, &moments[set * leaves + l]);
+            });
+        }
+        parallel_for(plan_.sets, schedule_.threads, [&](index_t set) {
+            if (call_.given) {
+                statistics.put(set, given_statistic(call_, statistic(set)));
+                return;
+            }
+            Moments m = moments[set * leaves];
+            for (index_t l = 1; l < leaves; ++l) m.merge(moments[set * leaves + l]);
+            finish(set, m, set, statistics);
+        });
+        if (!call_.y) return;
+        const Tiles tiles(elements_, elements_per_piece(plan_, schedule_));
+        // Backwards: what was read last is still in the last-level cache.
+        const index_t n = plan_.sets * tiles.count();
+        parallel_for(n, schedule_.threads, [&](index_t back) {
+            const index_t i = n - 1 - back, set = i / tiles.count();
+            apply(k_, tile_at(plan_.kept.offsets(set), tiles, tiles[i % tiles.count()], statistics.tile(set, 0, 0, 1)));
+        });
+    }
+
+    // Moments of leaves l, l + 1, ... of the set at x: as many, before `last`, as are alike and lie in one run, so that
+    // one call of the kernel does them. Returns how many.
+    index_t some_leaves(const char* x, index_t l, index_t last, Moments* out, Unwritten<X>* beside = nullptr) const {
+        X buffer[kLeafLanes];
+        const Leaves::Leaf piece = leaves_[l];
+        const Strided at = read_x_(x, piece, buffer);
+        index_t n = 1;
+        if (leaves_.per_run > 1 && read_x_.direct()) {
+            const index_t full = leaves_.run / kLeafLanes - l % leaves_.per_run;
+            n = full < 1 ? 1 : full;
+            if (n > last - l) n = last - l;
+            if (n > kLeavesAtOnce) n = kLeavesAtOnce;
+        }
+        moments_along(k_, at, In{x, 0}, piece.rows, piece.lanes, kLeafLanes * at.lane, n, plan_.center, out, beside);
+        return n;
+    }
+
+    index_t statistic(index_t set) const { return plan_.kept.offset(kStatistic, set); }
+
+    // Statistics of a set from its moments: to the caller's arrays and, as number `slot`, to the kernels'.
+    void finish(index_t set, const Moments& m, index_t slot, SetStatistics<T>& statistics) const {
+        const char* x = call_.x + plan_.kept.offset(kX, set);
+        statistics.put(slot, finish_set<X>(call_, set_, x, plan_.center, m, statistic(set)));
+    }
+
+    ApplyTo<X> tile_of(const Batch& batch, const SetTiles::Of& all, index_t i) const {
+        const SetTiles::Of::Tile t = all[i];
+        return tile_at(batch.at + t.at, all.tiles(), t.tile, batch.statistics.tile(t.set, t.step, 0, t.sets()));
+    }
+
+    ApplyTo<X> tile_at(const Offsets& set, const Tiles& tiles, const Tiles::Tile& tile,
+                       const TileStatistics<T>& s) const {
+        const Offsets at = set + tile.at;
+        return {operand(call_.x, call_.dtype, at, tiles, kX),
+                operand(call_.y, call_.dtype, at, tiles, kY),
+                parameter(call_.weight, call_.weight_dtype, at, tiles, kWeight, one<T>()),
+                parameter(call_.bias, call_.bias_dtype, at, tiles, kBias, zero<T>()),
+                s,
+                tile.rows,
+                tile.lanes,
+                schedule_.stream};
+    }
+
+    const Plan& plan_;
+    const ForwardCall& call_;
+    const KernelPair<X>& k_;
+    const Schedule schedule_;
+    const Leaves leaves_;
+    const LeafReader<X> read_x_;
+    const Nest set_, elements_;
+    const bool leaf_is_set_;  // every set is one row and one leaf
+    const SetTiles tiles_;
+    const index_t sets_in_row_;  // 0: none are written so
+};
+
+}  // namespace
+
+template <class X>
+void rows_forward(const Plan& plan, const ForwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule) {
+    RowsForward<X>(plan, call, kernels, schedule).run();
+}
+
+#define NORMKIT_INSTANTIATE(name, X, T) \
+    template void rows_forward<X>(const Plan&, const ForwardCall&, const KernelPair<X>&, const Schedule&);
+NORMKIT_FOR_DTYPES(NORMKIT_INSTANTIATE)
+
+}  // namespace normkit::cpu
