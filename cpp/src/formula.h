@@ -18,7 +18,8 @@ NORMKIT_HOST_DEVICE double rstd_of(const Moments& m, double eps) { return 1 / st
 template <class T>
 NORMKIT_HOST_DEVICE bool is_doubtful(const Moments& m, double eps) {
     constexpr double kLost = sizeof(T) == 4 ? 0x1p-100 : 0x1p-960;
-    return !(std::isfinite(m.mean) && std::isfinite(m.M2) && m.M2 + eps * m.count >= kLost * m.count);
+    // Without branches: many sets are asked about in one loop, of vectors.
+    return !(std::isfinite(m.mean) & std::isfinite(m.M2) & (m.M2 + eps * m.count >= kLost * m.count));
 }
 
 // The statistics of a set. The mean is mean + mean_lo: beside a standard deviation a millionth of it, the rounding of a
@@ -59,14 +60,20 @@ struct Split {
     T hi, lo, rstd, scale;
 };
 
+// Whether a set with this rstd surely is done as it is.
+template <class T>
+NORMKIT_HOST_DEVICE bool is_unscaled(double rstd) {
+    constexpr double kFar = sizeof(T) == 4 ? 0x1p60 : 0x1p500;
+    return (rstd >= 1 / kFar) & (rstd <= kFar);
+}
+
 template <class T>
 NORMKIT_HOST_DEVICE Split<T> split(const Statistic& s) {
     constexpr int kMost = std::numeric_limits<T>::max_exponent - 2;  // of a normal power of two and its inverse
-    constexpr double kFar = sizeof(T) == 4 ? 0x1p60 : 0x1p500;
     const double rstd = s.rstd;
     Split<T> out{static_cast<T>(s.mean), 0, static_cast<T>(rstd), 1};
     double scale = 1, mean = s.mean;
-    if (!(rstd >= 1 / kFar && rstd <= kFar) && std::isfinite(rstd) && rstd > 0) {
+    if (!is_unscaled<T>(rstd) && std::isfinite(rstd) && rstd > 0) {
         const int exponent = std::ilogb(rstd);
         scale = std::ldexp(1.0, exponent < -kMost ? -kMost : exponent > kMost ? kMost : exponent);
         mean *= scale;

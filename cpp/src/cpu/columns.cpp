@@ -84,16 +84,6 @@ Part part_of(const Units& units, index_t parts, index_t i) {
     return {i / (side * parts) * side + i % side, i / side % parts};
 }
 
-// f(set, where its statistics stand in the caller's arrays) for every set.
-template <class F>
-void for_sets(const Plan& plan, F f) {
-    index_t set = 0;
-    for (index_t outer = 0; outer < plan.kept.size(); ++outer) {
-        const index_t first = plan.kept.offset(kStatistic, outer);
-        for (index_t l = 0; l < plan.lane.extent; ++l) f(set++, first + l * plan.lane.stride[kStatistic]);
-    }
-}
-
 // The statistics of the sets, one a lane of each: repeated once, and not for every tile.
 template <class T>
 class LaneStatistics {
@@ -104,6 +94,17 @@ class LaneStatistics {
           lanes_(storage_.get(), plan.sets * merge_) {}
     void put(index_t set, const Statistic& statistic) {
         for (index_t l = set * merge_; l < (set + 1) * merge_; ++l) lanes_.put(l, statistic);
+    }
+    // As SetStatistics.
+    void put(index_t first, index_t n, const double* mean, const double* rstd, index_t step) {
+        if (merge_ == 1) return lanes_.put(first, n, mean, rstd, step);
+        for (index_t i = 0; i < n; ++i) put(first + i, Statistic{mean ? mean[i * step] : 0, 0, rstd[i * step]});
+    }
+    void put_given(const Plan& plan, const double* mean, const double* rstd) {
+        for (index_t outer = 0; outer < plan.kept.size(); ++outer) {
+            const index_t at = plan.kept.offset(kStatistic, outer), n = plan.lane.extent;
+            put(outer * n, n, mean ? mean + at : nullptr, rstd + at, plan.lane.stride[kStatistic]);
+        }
     }
     void put_sums(index_t set, double mean_g, double mean_g_xhat) {
         for (index_t l = set * merge_; l < (set + 1) * merge_; ++l) lanes_.put_sums(l, mean_g, mean_g_xhat);
@@ -156,7 +157,7 @@ class ColumnsForward {
     void run() {
         const Tiles all_rows = units_.rows(kOperandsForward, 0);
         if (call_.given) {
-            for_sets(plan_, [&](index_t set, index_t i) { statistics_.put(set, given_statistic(call_, i)); });
+            statistics_.put_given(plan_, call_.mean, call_.rstd);
         } else if (schedule_.resident) {
             parallel_for(units_.count(), schedule_.threads, [&](index_t i) {
                 const Unit u = units_[i];
@@ -247,17 +248,19 @@ class ColumnsForward {
         }
     }
 
-    // Merges the lanes of each set and turns its moments into statistics.
-    void finish(const Unit& u, const double* mean, const double* M2) {
+    // Merges the lanes of each set, in place, and turns its moments into statistics.
+    void finish(const Unit& u, double* mean, double* M2) {
         const Offsets at = units_.at(u);
-        const double count = static_cast<double>(blocks_.rows);
-        for (index_t i = 0; i < u.sets; ++i) {
-            const index_t first = i * plan_.merge.extent;
-            const Moments m = merged(count, mean + first, M2 + first);
-            const char* x = call_.x + at[kX] + i * plan_.lane.stride[kX];
-            const index_t statistic = at[kStatistic] + i * plan_.lane.stride[kStatistic];
-            statistics_.put(units_.set(u) + i, finish_set<X>(call_, set_, x, plan_.center, m, statistic));
+        const index_t lanes = plan_.merge.extent;
+        const double rows = static_cast<double>(blocks_.rows);
+        for (index_t i = 0; lanes > 1 && i < u.sets; ++i) {
+            const Moments m = merged(rows, mean + i * lanes, M2 + i * lanes);
+            mean[i] = m.mean;
+            M2[i] = m.M2;
         }
+        finish_sets<X>(call_, set_, call_.x + at[kX], plan_.lane.stride[kX], plan_.center,
+                       rows * static_cast<double>(lanes), mean, M2, u.sets, at[kStatistic],
+                       plan_.lane.stride[kStatistic], statistics_, units_.set(u));
     }
 
     // Moments::merge of lanes of equal counts, so far `apart`, all at once: the divisions of one after the other cost
@@ -265,7 +268,6 @@ class ColumnsForward {
     Moments merged(double count, const double* mean, const double* M2) const {
         const index_t lanes = plan_.merge.extent;
         Moments m{count * static_cast<double>(lanes), mean[0], M2[0]};
-        if (lanes == 1) return m;
         for (index_t j = 1; j < lanes; ++j) {
             m.mean += mean[j];
             m.M2 += M2[j];
@@ -321,7 +323,7 @@ class ColumnsBackward {
     }
 
     void run() {
-        for_sets(plan_, [&](index_t set, index_t i) { statistics_.put(set, given_statistic(call_, i)); });
+        statistics_.put_given(plan_, call_.mean, call_.rstd);
         const bool wants_set_sums = call_.dx && !call_.constant_statistics;
         const bool wants_cells = call_.parameters && rows_share_parameters_;
         const index_t n = units_.count(), most = units_.most_lanes(), blocks = blocks_.count();

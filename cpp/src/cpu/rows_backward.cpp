@@ -79,8 +79,13 @@ class RowsBackward {
   private:
     bool wants_set_sums() const { return call_.dx && !call_.constant_statistics; }
 
-    void load_statistics(index_t set) {
-        statistics_.put(set, given_statistic(call_, plan_.kept.offset(kStatistic, set)));
+    void load_statistics(index_t first, index_t sets) {
+        const Axis& next = tiles_.next;
+        for (index_t set = first, n; set < first + sets; set += n) {
+            n = std::min(first + sets - set, next.extent - set % next.extent);
+            const index_t at = plan_.kept.offset(kStatistic, set);
+            statistics_.put(set, n, call_.mean ? call_.mean + at : nullptr, call_.rstd + at, next.stride[kStatistic]);
+        }
     }
 
     // Sums over leaf l of cell `at`, of dy in cells (their weight comes later), of g = w * dy elsewhere.
@@ -101,22 +106,22 @@ class RowsBackward {
                           s, piece.rows, piece.lanes);
     }
 
-    // From the sums of a set's cells (of all leaves of it, where by element) to what dx needs.
-    void finish(index_t set, const Sums* cells) {
+    // From the sums of the cells of n neighbouring sets (of all leaves of them, where by element) to what dx needs.
+    void finish(index_t first, index_t n, const Sums* cells) {
         if (!wants_set_sums()) return;
-        const Offsets at = plan_.kept.offsets(set);
-        Sums sums;
-        for (index_t c = 0, n = index_.size(); c < n; ++c) {
-            double w = 1;
-            if (!cells_.by_element && call_.weight) {
-                w = static_cast<T>(
-                    read_double(call_.weight + at[kWeight] + cell_offset(kWeight, c), call_.weight_dtype));
-            }
-            sums.g += w * cells[c].g;
-            sums.g_xhat += w * cells[c].g_xhat;
-        }
         const double count = static_cast<double>(plan_.set_size);
-        statistics_.put_sums(set, plan_.center ? sums.g / count : 0, sums.g_xhat / count);
+        const char* weight =
+            call_.weight && !cells_.by_element ? call_.weight + plan_.kept.offset(kWeight, first) : nullptr;
+        for (index_t i = 0; i < n; ++i) {
+            Sums sums;
+            for (index_t c = 0, all = index_.size(); c < all; ++c, ++cells) {
+                const index_t at = i * tiles_.next.stride[kWeight] + cell_offset(kWeight, c);
+                const double w = weight ? static_cast<T>(read_double(weight + at, call_.weight_dtype)) : 1;
+                sums.g += w * cells->g;
+                sums.g_xhat += w * cells->g_xhat;
+            }
+            statistics_.put_sums(first + i, plan_.center ? sums.g / count : 0, sums.g_xhat / count);
+        }
     }
 
     // Of cell c from the first of its set.
@@ -167,10 +172,10 @@ class RowsBackward {
             parallel_for(pieces.count(), schedule_.threads, [&](index_t i) {
                 for (index_t set = pieces.first(i), n; set < pieces.last(i) && !gives_up(); set += n) {
                     n = tiles_.take(set, pieces.last(i));
-                    for (index_t j = set; j < set + n; ++j) load_statistics(j);
+                    load_statistics(set, n);
                     if (wants_sums) {
                         cells_of(set, n, &sums[set * per_set]);
-                        for (index_t j = set; j < set + n; ++j) finish(j, &sums[j * per_set]);
+                        finish(set, n, &sums[set * per_set]);
                     }
                     if (call_.dx) dx_of_sets(set, n);
                 }
@@ -190,7 +195,7 @@ class RowsBackward {
 
     // All leaves of all cells, then the sets' means; then dx, tile by tile.
     void two_sweeps(const Buffer<Sums>& sums, bool wants_sums) {
-        for (index_t set = 0; set < plan_.sets; ++set) load_statistics(set);
+        load_statistics(0, plan_.sets);
         if (wants_sums) sweep_sums(sums);
         if (!call_.dx) return;
         const Tiles tiles(elements_, elements_per_piece(plan_, schedule_));
@@ -221,7 +226,7 @@ class RowsBackward {
                 for (index_t l = 1; l < leaves; ++l) total += part[l];
                 sums[set * per_set + c] = total;
             }
-            finish(set, &sums[set * per_set]);
+            finish(set, 1, &sums[set * per_set]);
         }
     }
 
@@ -347,11 +352,11 @@ class RowsBackward {
                     double* sum_g_xhat) {
         if (!schedule_.by_row || !set_is_row_ || elements_.n > 1) return false;
         if (tile.rows.stride[kSet] != 1) return false;
-        for (index_t i = 0; i < rows; ++i) load_statistics(at[kSet] + i);
+        load_statistics(at[kSet], rows);
         const RowsFrom context{this, at[kSet]};
         const auto finish_row = [](const void* c, index_t row, const Sums& sums) {
             const auto* from = static_cast<const RowsFrom*>(c);
-            from->walk->finish(from->first + row, &sums);
+            from->walk->finish(from->first + row, 1, &sums);
         };
         return backward_rows(k_, operand(call_.dy, call_.dtype, at, tile, kDy),
                              operand(call_.x, call_.dtype, at, tile, kX),
@@ -401,10 +406,10 @@ class RowsBackward {
     }
 
     void set_sums(index_t set) {
-        load_statistics(set);
+        load_statistics(set, 1);
         if (!wants_set_sums()) return;
         const Sums sums = cell(set, 0);
-        finish(set, &sums);
+        finish(set, 1, &sums);
     }
 
     // The same for `n` <= kSumRows sets, `step` apart.
@@ -414,7 +419,7 @@ class RowsBackward {
             for (index_t i = 0; i < n; ++i) set_sums(set + i * step);
             return;
         }
-        for (index_t i = 0; i < n; ++i) load_statistics(set + i);
+        load_statistics(set, n);
         const Offsets at = plan_.kept.offsets(set);
         const Leaves::Leaf row = leaves_[0];
         Strided dy = read_dy_(call_.dy + at[kDy], row, nullptr), x = read_x_(call_.x + at[kX], row, nullptr);
@@ -423,12 +428,12 @@ class RowsBackward {
         const Strided w = call_.weight ? read_w_(call_.weight, row, nullptr) : one<T>();
         Sums sums[kSumRows];
         sums_of_rows(k_, dy, x, w, statistics_.tile(set, 1, 0, n), n, row.lanes, sums);
-        for (index_t i = 0; i < n; ++i) finish(set + i, &sums[i]);
+        finish(set, n, sums);
     }
 
     void all_set_sums() {
         if (schedule_.split && wants_set_sums()) {
-            for (index_t set = 0; set < plan_.sets; ++set) load_statistics(set);
+            load_statistics(0, plan_.sets);
             const Buffer<Sums> sums(plan_.sets);
             sweep_sums(sums);
             return;

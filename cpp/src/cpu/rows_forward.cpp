@@ -230,15 +230,18 @@ class RowsForward {
     }
 
     void finish(Batch* batch) const {
-        for (index_t i = 0; i < batch->n; ++i) {
-            const index_t statistic = batch->at[kStatistic] + i * tiles_.next.stride[kStatistic];
-            if (call_.given) {
-                batch->statistics.put(i, given_statistic(call_, statistic));
-                continue;
-            }
-            const char* x = call_.x + batch->at[kX] + i * tiles_.next.stride[kX];
-            batch->statistics.put(i, finish_set<X>(call_, set_, x, plan_.center, batch->moments[i], statistic));
+        const index_t first = batch->at[kStatistic], step = tiles_.next.stride[kStatistic];
+        if (call_.given) {
+            batch->statistics.put(0, batch->n, call_.mean + first, call_.rstd + first, step);
+            return;
         }
+        double mean[kSetsAtOnce], M2[kSetsAtOnce];
+        for (index_t i = 0; i < batch->n; ++i) {
+            mean[i] = batch->moments[i].mean;
+            M2[i] = batch->moments[i].M2;
+        }
+        finish_sets<X>(call_, set_, call_.x + batch->at[kX], tiles_.next.stride[kX], plan_.center,
+                       batch->moments[0].count, mean, M2, batch->n, first, step, batch->statistics, 0);
     }
 
     // For sets that are shared: all leaves, then each set's merge, then all elements.
@@ -258,7 +261,7 @@ class RowsForward {
         }
         parallel_for(plan_.sets, schedule_.threads, [&](index_t set) {
             if (call_.given) {
-                statistics.put(set, given_statistic(call_, statistic(set)));
+                statistics.put(set, 1, call_.mean + statistic(set), call_.rstd + statistic(set), 1);
                 return;
             }
             Moments m = moments[set * leaves];

@@ -1,6 +1,7 @@
 // Scratch memory of a call: taken before the first result is written, so that running out of it changes nothing.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 
 #include "../formula.h"
@@ -38,6 +39,29 @@ class SetStatistics {
         lo()[set] = s.lo;
         this->rstd()[set] = s.rstd;
         scale()[set] = s.scale;
+    }
+    // Sets first, first + 1, ... of n, from mean (null: 0) and rstd, each a double and `step` of them apart. Compilers
+    // make vectors of the loops.
+    void put(index_t first, index_t n, const double* mean, const double* rstd, index_t step) {
+        double plain = step == 1;  // not bool: finish_sets
+        for (index_t i = 0; plain != 0 && i < n; ++i) plain = is_unscaled<T>(rstd[i]) ? plain : 0;
+        if (plain == 0) {
+            for (index_t i = 0; i < n; ++i) put(first + i, Statistic{mean ? mean[i * step] : 0, 0, rstd[i * step]});
+            return;
+        }
+        T *const h = hi() + first, *const l = lo() + first, *const r = this->rstd() + first;
+        std::fill_n(scale() + first, n, T{1});
+        for (index_t i = 0; i < n; ++i) r[i] = static_cast<T>(rstd[i]);
+        if (!mean) {
+            std::fill_n(h, n, T{0});
+            std::fill_n(l, n, T{0});
+            return;
+        }
+        for (index_t i = 0; i < n; ++i) {
+            const T rounded = static_cast<T>(mean[i]);
+            h[i] = rounded + 0;
+            l[i] = static_cast<T>(mean[i] - static_cast<double>(rounded)) + 0;
+        }
     }
     void put_sums(index_t set, double mean_g, double mean_g_xhat) {
         p_[4 * sets_ + set] = static_cast<T>(mean_g);

@@ -70,9 +70,38 @@ Statistic finish_set(const ForwardCall& call, const Nest& axes, const char* x, b
     return s;
 }
 
-inline Statistic given_statistic(const ForwardCall& call, index_t i) { return {call.mean[i], 0, call.rstd[i]}; }
-inline Statistic given_statistic(const BackwardCall& call, index_t i) {
-    return {call.mean ? call.mean[i] : 0, 0, call.rstd[i]};
+// The same for n neighbouring sets, each of `count` elements and x_step bytes after the one before, to `statistics`
+// from number `slot` on. Compilers make vectors of the loops, which take a set that has to be looked at by itself
+// along.
+template <class X, class Statistics>
+void finish_sets(const ForwardCall& call, const Nest& axes, const char* x, index_t x_step, bool center, double count,
+                 const double* mean, const double* M2, index_t n, index_t i, index_t step, Statistics& statistics,
+                 index_t slot) {
+    if (n > kSetsAtOnce) {
+        for (index_t k = 0; k < n; k += kSetsAtOnce) {
+            finish_sets<X>(call, axes, x + k * x_step, x_step, center, count, mean + k, M2 + k,
+                           n - k < kSetsAtOnce ? n - k : kSetsAtOnce, i + k * step, step, statistics, slot + k);
+        }
+        return;
+    }
+    double rstd[kSetsAtOnce];
+    double plain = kDtype<X> != Dtype::float64;  // of the type of the rest: for a bool GCC 12 makes no vectors
+    for (index_t k = 0; plain != 0 && k < n; ++k) {
+        const Moments m{count, mean[k], M2[k]};
+        rstd[k] = rstd_of(m, call.eps);
+        plain = is_doubtful<Compute<X>>(m, call.eps) ? 0 : plain;
+    }
+    if (plain == 0) {
+        for (index_t k = 0; k < n; ++k) {
+            statistics.put(slot + k,
+                           finish_set<X>(call, axes, x + k * x_step, center, {count, mean[k], M2[k]}, i + k * step));
+        }
+        return;
+    }
+    for (index_t k = 0; call.mean && k < n; ++k) call.mean[i + k * step] = 0 + mean[k];  // no -0, as with an origin
+    for (index_t k = 0; call.rstd && k < n; ++k) call.rstd[i + k * step] = rstd[k];
+    for (index_t k = 0; call.M2 && k < n; ++k) call.M2[i + k * step] = M2[k];
+    statistics.put(slot, n, mean, rstd, 1);
 }
 
 // dx on a tile (if wanted), and the sums of dy and dy * xhat down its lanes (where sum_g is not null).
