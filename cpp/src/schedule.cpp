@@ -35,6 +35,9 @@ constexpr index_t kNearSamples = index_t{16} << 20;
 // 0.75.
 constexpr index_t kLeastRow = 512, kLeastRowNear = 2048;
 
+// Elements of a row beyond which it is not in L2 any more when it is written.
+constexpr index_t kLongestRow = index_t{1} << 16;
+
 // Elements of a run, where a set has several: the length of a turn.
 constexpr index_t kLeastRun = 64;
 
@@ -67,8 +70,7 @@ index_t l2_bytes() {
 bool set_is_row(const Plan& plan) { return plan.walk == Walk::rows && plan.runs.size() == 1; }
 
 // Whether sums of one set can be taken beside the writing of another. Kernels take contiguous rows: forward with
-// parameters that are one a row, or along rows that are sets of not too many leaves; backward the latter only, of not
-// too many bytes.
+// parameters that are one a row, or along rows that are sets; backward the latter only, of not too many bytes.
 bool can_go_by_row(const Plan& plan, index_t element, int arrays) {
     if (plan.walk != Walk::rows || plan.run.n == 0) return false;
     constexpr unsigned kAll = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);
@@ -77,7 +79,7 @@ bool can_go_by_row(const Plan& plan, index_t element, int arrays) {
     if (lanes.extent > 1 && (lanes.stride[kX] != element || lanes.stride[kY] != element)) return false;
     if (arrays == 1 && lanes.stride[kWeight] == 0 && lanes.stride[kBias] == 0) return true;
     if (!set_is_row(plan) || run.n > 1) return false;
-    if (arrays == 1) return lanes.extent <= cpu::kLeavesOfRow * kLeafLanes;
+    if (arrays == 1) return lanes.extent <= kLongestRow;
     return lanes.stride[kGradient] != 0 && lanes.extent * std::max(element, index_t{sizeof(float)}) <= cpu::kMostSums;
 }
 

@@ -20,10 +20,9 @@ template <class X>
 constexpr Kernels<X> table() {
     return {
         moments_along<X>,
-        moments_beside<X>,
+        {moments_beside<X, false>, moments_beside<X, true>},
         moments_down<X>,
         {apply_along<X, false>, apply_along<X, true>},
-        {forward_rows<X, false>, forward_rows<X, true>},
         {apply_down<X, false>, apply_down<X, true>},
         {sums_along<X, false>, sums_along<X, true>},
         {dx_along<X, false>, dx_along<X, true>},

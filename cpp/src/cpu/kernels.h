@@ -49,21 +49,7 @@ struct Statistics {
     index_t row = 0;
 };
 
-// Sets that are one row each, of at most so many leaves: the arguments of apply_along, without statistics.
-constexpr index_t kLeavesOfRow = 32;
-template <class X>
-struct WholeRows {
-    In x;
-    Out y;
-    In w, b;
-    In origin;  // as moments_along, one a row
-    index_t rows = 0, lanes = 0;
-    bool center = true, stream = false;
-    bool w_constant = false, b_constant = false;  // one vector for all lanes
-};
-
-// A tile that is written a little at a time, beside other work: the arguments of apply_along, w and b one value a row,
-// and where to go on.
+// A tile that is written a little at a time, beside other work: the arguments of apply_along, and where to go on.
 template <class X>
 struct Unwritten {
     In x;
@@ -72,20 +58,15 @@ struct Unwritten {
     Statistics<Compute<X>> s;
     index_t rows = 0, lanes = 0;
     bool stream = false;
+    bool w_lane = false;                          // w, b: one a row, or one a lane,
+    bool w_constant = false, b_constant = false;  // of which one vector may stand for all
     index_t row = 0, lane = 0;
 
     bool done() const { return row == rows; }
 };
 
-// From the moments of a row's leaves to hi, lo and rstd. False: the row is not to be written.
-template <class T>
-struct FinishRow {
-    bool (*finish)(const void* context, index_t row, const Moments* leaves, index_t count, T (&hi_lo_rstd)[3]);
-    const void* context;
-};
-
-// The same for a backward pass, of at most kMostSums bytes a row. The sums of a row are finished by whoever called: to
-// entries of s.mean_g and s.mean_g_xhat. No sums are added down the lanes where sum_g is null.
+// Sets that are one row each, of at most kMostSums bytes, for a backward pass. The sums of a row are finished by
+// whoever called: to entries of s.mean_g and s.mean_g_xhat. No sums are added down the lanes where sum_g is null.
 constexpr index_t kMostSums = 32 * 1024;
 template <class T>
 struct BackwardRows {
@@ -110,9 +91,9 @@ struct Kernels {
     void (*moments_along)(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
                           Moments* out);
 
-    // The same while `tile` is written, as far as that goes.
-    void (*moments_beside)(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
-                           Moments* out, Unwritten<X>& tile);
+    // The same while `tile` is written, as far as that goes. Index: its w_lane.
+    void (*moments_beside[2])(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
+                              Moments* out, Unwritten<X>& tile);
 
     // Adds `rows` rows to the moments of each lane, which have seen `seen` rows so far. `rows` may be any number, but
     // only the last call for a lane may bring one that is not a multiple of kLeafRows. origin: as above, one a lane.
@@ -122,9 +103,6 @@ struct Kernels {
     // y = ((x - hi) - lo) * rstd * w + b. Index 0: w, b are one value a row; 1: one a lane.
     // stream: non-temporal stores.
     void (*apply_along[2])(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes, bool stream);
-
-    // Moments and apply, row by row. Index as apply_along.
-    void (*forward_rows[2])(const WholeRows<X>& rows, FinishRow<T> finish);
 
     void (*apply_down[2])(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes, bool stream);
 

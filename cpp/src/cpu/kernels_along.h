@@ -398,6 +398,13 @@ NK_INLINE index_t head_of(Out y) {
 // store, and non-temporal ones behind it wait until it has its line (layer norm 4096 x 1000: 1.4 times as long).
 NK_INLINE void ask_for_end(const char* y, index_t row) { __builtin_prefetch(y + row, 1); }
 
+// The vectors of a row before its first boundary, which non-temporal stores wait for.
+template <class Row>
+NK_INLINE void to_boundary(Row& row, char* to) {
+    const index_t head = head_of<typename Row::Element>(Out{to, 0});
+    if (head > 0) row.vector(static_cast<int>(head < row.lanes ? head : row.lanes));
+}
+
 // Non-temporal stores need elements that can reach a vector boundary at all, and take whole lines: where rows are short
 // and begin within a line, their ends cost more than is gained. Time with them over time without, rows 16 bytes past a
 // line, layer norm forward and backward (one thread of a Zen 4): 128 lanes 2.0 and 1.7, 384 1.3 and 0.95, 768 0.75 and
@@ -502,41 +509,41 @@ void apply_along(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows
 // A row to be written, a few vectors at a time; half as many as its moments, which are two readings, take.
 template <class X, bool WLane, bool Stream>
 struct Applying {
+    using Element = X;
     using T = Compute<X>;
     static constexpr index_t kElements = kTurn / 2;
-    index_t lanes = 0, lane = 0;
-    const char *x = nullptr, *w = nullptr, *b = nullptr;
-    char* y = nullptr;
-    index_t w_lanes = ~index_t{0}, b_lanes = ~index_t{0};  // masks: 0 for a constant
-    bool centred;                                          // as in apply_along_rows: where not, b is added as it is
-    Vec<X> hi = {}, lo = {}, rstd = {}, a = {}, c = {};
+    index_t lanes, lane;
+    const char *x, *w, *b;
+    char* y;
+    index_t w_lanes = 0, b_lanes = 0;  // masks: 0 for a constant
+    bool centred;                      // as in apply_along_rows: where not, b is added as it is
+    Vec<X> hi, lo, rstd, a = {}, c = {};
 
-    // Row r of a WholeRows or Unwritten. write = false: there is nothing to write.
-    template <class Tile>
-    NK_INLINE Applying(const Tile& all, index_t r, T hi_, T lo_, T rstd_, bool write)
-        : lanes(write ? all.lanes : 0),
-          x(all.x.at(r)),
-          w(all.w.at(r)),
-          b(all.b.at(r)),
-          y(all.y.at(r)),
-          centred(hi_ != 0 || lo_ != 0) {
-        hi = splat<X>(hi_);
-        lo = splat<X>(lo_);
-        rstd = splat<X>(rstd_);
+    NK_INLINE explicit Applying(const Unwritten<X>& tile)
+        : lanes(tile.lanes),
+          lane(tile.lane),
+          x(tile.x.at(tile.row)),
+          w(tile.w.at(tile.row)),
+          b(tile.b.at(tile.row)),
+          y(tile.y.at(tile.row)) {
+        const index_t k = tile.row * tile.s.row;
+        const T hi_row = tile.s.hi[k], lo_row = tile.s.lo[k], rstd_row = tile.s.rstd[k];
+        centred = hi_row != 0 || lo_row != 0;
+        hi = splat<X>(hi_row);
+        lo = splat<X>(lo_row);
+        rstd = splat<X>(rstd_row);
         if constexpr (WLane) {
-            w_lanes = all.w_constant ? 0 : w_lanes;
-            b_lanes = all.b_constant ? 0 : b_lanes;
+            w_lanes = tile.w_constant ? 0 : ~index_t{0};
+            b_lanes = tile.b_constant ? 0 : ~index_t{0};
         } else {
-            const T a_row = rstd_ * value_at<T>(w);
+            const T a_row = rstd_row * value_at<T>(w);
             a = splat<X>(a_row);
-            c = splat<X>(bias_term<T>(a_row, lo_, value_at<T>(b)));
+            c = splat<X>(bias_term<T>(a_row, lo_row, value_at<T>(b)));
         }
-        if constexpr (Stream) ask_for_end(y, all.y.row);
-    }
-    // Where stores are non-temporal: up to the first vector boundary.
-    NK_INLINE void begin() {
-        const index_t head = Stream ? head_of<X>(Out{y, 0}) : 0;
-        if (head > 0 && lanes > 0) vector(static_cast<int>(head < lanes ? head : lanes));
+        if constexpr (Stream) {
+            ask_for_end(y, tile.y.row);
+            if (lane == 0) to_boundary(*this, y);
+        }
     }
     NK_INLINE void vector(int n) {
         const Vec<X> av = WLane ? rstd * load_rest<T>(w + bytes<T>(lane & w_lanes), n) : a;
@@ -561,96 +568,57 @@ struct Applying {
 };
 
 // A tile as something to write beside other work, which ends in the midst of its rows.
-template <class X, bool Stream>
+template <class X, bool WLane, bool Stream>
 class ApplyingTile {
   public:
-    NK_INLINE explicit ApplyingTile(Unwritten<X>& tile) : tile_(tile), row_(row()) {
-        if (tile.lane > 0) {
-            row_.lane = tile.lane;
-        } else {
-            row_.begin();
-        }
-    }
+    NK_INLINE explicit ApplyingTile(Unwritten<X>& tile) : tile_(tile), row_(tile) {}
     NK_INLINE index_t turns() const { return tile_.done() ? 0 : std::numeric_limits<index_t>::max(); }
     NK_INLINE void turn() {
-        if (row_.turns() > 0) {
-            row_.turn();
-        } else if (!tile_.done()) {
-            row_.rest();
-            if (++tile_.row == tile_.rows) return;
-            row_ = row();
-            row_.begin();
-        }
+        if (tile_.done()) return;
+        if (row_.turns() > 0) row_.turn();
+        if (row_.turns() > 0) return;
+        row_.rest();
+        tile_.lane = 0;
+        if (++tile_.row < tile_.rows) row_ = Applying<X, WLane, Stream>(tile_);
     }
-    NK_INLINE void leave() { tile_.lane = row_.lane; }
+    NK_INLINE void leave() {
+        if (!tile_.done()) tile_.lane = row_.lane;
+    }
 
   private:
-    using Row = Applying<X, false, Stream>;
-    NK_INLINE Row row() const {
-        const index_t k = tile_.row * tile_.s.row;
-        return Row(tile_, tile_.row, tile_.s.hi[k], tile_.s.lo[k], tile_.s.rstd[k], true);
-    }
-
     Unwritten<X>& tile_;
-    Row row_;
+    Applying<X, WLane, Stream> row_;
 };
 
-template <class X, bool Stream>
+template <class X, bool WLane, bool Stream>
 NK_INLINE void moments_beside_tile(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves,
                                    bool center, Moments* out, Unwritten<X>& tile) {
-    ApplyingTile<X, Stream> applying(tile);
+    const index_t left = tile.rows - tile.row, per_row = leaves / left;
+    if (per_row * left == leaves && tile.lane == 0) {
+        // In step, row by row: what is known of a row then stays in registers.
+        for (; !tile.done(); ++tile.row) {
+            Applying<X, WLane, Stream> applying(tile);
+            for (index_t i = 0; i < per_row; ++i, x.p += leaf, origin.p += origin.row) {
+                moments_of_leaves<X>(x, origin, rows, lanes, 0, 1, center, out++, applying);
+            }
+            applying.rest();
+        }
+        return;
+    }
+    ApplyingTile<X, WLane, Stream> applying(tile);
     moments_of_leaves<X>(x, origin, rows, lanes, leaf, leaves, center, out, applying);
     applying.leave();
 }
 
-template <class X>
+template <class X, bool WLane>
 void moments_beside(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
                     Moments* out, Unwritten<X>& tile) {
     if (tile.done()) {
         moments_along<X>(x, origin, rows, lanes, leaf, leaves, center, out);
     } else if (tile.stream && can_stream<X>(tile.y, tile.lanes)) {
-        moments_beside_tile<X, true>(x, origin, rows, lanes, leaf, leaves, center, out, tile);
+        moments_beside_tile<X, WLane, true>(x, origin, rows, lanes, leaf, leaves, center, out, tile);
     } else {
-        moments_beside_tile<X, false>(x, origin, rows, lanes, leaf, leaves, center, out, tile);
-    }
-}
-
-// Row r is written beside the moments of a later row: not the next, if rows are short, so that r's statistics, a chain
-// of divisions and a root, are ready.
-template <class X, bool WLane, bool Stream>
-NK_INLINE void forward_row_by_row(const WholeRows<X>& all, FinishRow<Compute<X>> finish) {
-    constexpr index_t kMostLag = 2;
-    const index_t lag = all.lanes > kLeafLanes ? 1 : kMostLag;
-    Compute<X> statistics[kMostLag][3] = {};
-    bool write[kMostLag] = {};
-    Moments leaves[kLeavesOfRow];
-    for (index_t r = 0; r < all.rows + lag; ++r) {
-        const bool late = r >= lag;
-        const index_t slot = r & (lag - 1);
-        Compute<X>(&s)[3] = statistics[slot];
-        Applying<X, WLane, Stream> applying(all, late ? r - lag : 0, s[0], s[1], s[2], late && write[slot]);
-        applying.begin();
-        if (r < all.rows) {
-            index_t n = 0;
-            for (index_t lane = 0; lane < all.lanes; lane += kLeafLanes) {
-                const index_t lanes = all.lanes - lane < kLeafLanes ? all.lanes - lane : kLeafLanes;
-                moments_of_leaves<X>({all.x.at(r) + bytes<X>(lane), 0}, {all.origin.at(r), 0}, 1, lanes, 0, 1,
-                                     all.center, &leaves[n++], applying);
-            }
-            applying.rest();
-            write[slot] = finish.finish(finish.context, r, leaves, n, s);
-        } else {
-            applying.rest();
-        }
-    }
-}
-
-template <class X, bool WLane>
-void forward_rows(const WholeRows<X>& all, FinishRow<Compute<X>> finish) {
-    if (all.stream && can_stream<X>(all.y, all.lanes)) {
-        forward_row_by_row<X, WLane, true>(all, finish);
-    } else {
-        forward_row_by_row<X, WLane, false>(all, finish);
+        moments_beside_tile<X, WLane, false>(x, origin, rows, lanes, leaf, leaves, center, out, tile);
     }
 }
 
@@ -687,6 +655,7 @@ void dx_along(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows,
 // Those are whole vectors; what comes into lanes beyond the row's last is never looked at.
 template <class X, bool Sum, bool Stream>
 struct WritingDx {
+    using Element = X;
     using T = Compute<X>;
     static constexpr index_t kElements = kTurn;
     index_t lanes = 0, lane = 0;
@@ -713,8 +682,7 @@ struct WritingDx {
         c = splat<X>(terms.c);
         if constexpr (Stream) {
             ask_for_end(dx, all.dx.row);
-            const index_t head = head_of<X>(Out{dx, 0});
-            if (head > 0) vector(static_cast<int>(head < lanes ? head : lanes));
+            to_boundary(*this, dx);
         }
     }
     NK_INLINE void add(T* to, Vec<X> v) {

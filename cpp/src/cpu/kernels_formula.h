@@ -18,17 +18,14 @@ using normkit::kStep;
 using normkit::kSumRows;
 using normkit::Moments;
 using normkit::cpu::BackwardRows;
-using normkit::cpu::FinishRow;
 using normkit::cpu::In;
 using normkit::cpu::Kernels;
-using normkit::cpu::kLeavesOfRow;
 using normkit::cpu::kMostSums;
 using normkit::cpu::Out;
 using normkit::cpu::Rows;
 using normkit::cpu::Statistics;
 using normkit::cpu::Sums;
 using normkit::cpu::Unwritten;
-using normkit::cpu::WholeRows;
 
 template <class T>
 NK_INLINE T value_at(const char* p) {

@@ -5,7 +5,7 @@
 namespace normkit::cpu {
 namespace {
 
-constexpr index_t kLeavesAtOnce = 8;
+constexpr index_t kLeavesAtOnce = 32;
 constexpr unsigned kForwardOperands = bit(kX) | bit(kY) | bit(kWeight) | bit(kBias);
 
 template <class X>
@@ -51,17 +51,41 @@ class RowsForward {
     };
 
     void whole_sets(index_t first, index_t last) const {
-        if (schedule_.by_row) {
-            if (!row_by_row(first, last)) whole_sets_beside(first, last);
-            return;
-        }
+        if (schedule_.by_row) return elements_.n == 1 ? rows_beside(first, last) : whole_sets_beside(first, last);
         Batch batch;
         for (index_t set = first; set < last && !gives_up(); set += batch.n) {
             take(set, last, &batch);
-            moments_of(&batch, nullptr);
-            finish(&batch);
+            moments_of(&batch, 0, batch.n, []() -> Unwritten<X>* { return nullptr; });
+            finish(&batch, 0, batch.n);
             if (call_.y) write(batch);
         }
+    }
+
+    // Sets that are one row each: the moments of a few beside the writing of the few before.
+    void rows_beside(index_t first, index_t last) const {
+        const index_t bytes = plan_.set_size * index_t{sizeof(X)};
+        const index_t few = bytes < kBesideBytes ? kBesideBytes / bytes : 1;
+        Tiles rows(elements_, 0);
+        rows.rows = tiles_.next;
+        Batch batches[2];
+        WritingTile writing(k_);
+        for (index_t set = first, i = 0; set < last && !gives_up(); i ^= 1) {
+            Batch& batch = batches[i];
+            take(set, last, &batch);
+            for (index_t r = 0, n; r < batch.n; r += n) {
+                n = std::min(few, batch.n - r);
+                moments_of(&batch, r, n, [&] { return writing.tile(); });
+                writing.rest();
+                finish(&batch, r, n);
+                if (r == 0) {
+                    writing.begin(tile_at(batch.at, rows, {Offsets{}, batch.n, rows.lanes.extent},
+                                          batch.statistics.tile(0, 1, 0, 0)));
+                }
+                writing.add(r, n, batch.statistics.tile(r, 1, 0, n).scale);
+            }
+            set += batch.n;
+        }
+        writing.rest();
     }
 
     // The moments of one batch beside the writing of the one before.
@@ -71,19 +95,50 @@ class RowsForward {
         for (index_t set = first, i = 0; set < last && !gives_up(); i ^= 1) {
             Batch& batch = batches[i];
             take(set, last, &batch);
-            moments_of(&batch, &writing);
+            moments_of(&batch, 0, batch.n, [&] { return writing.tile(); });
             writing.rest();
-            finish(&batch);
+            finish(&batch, 0, batch.n);
             writing.begin(batch);
             set += batch.n;
         }
         writing.rest();
     }
 
-    // A batch that is written beside other work: tile by tile, as far as kernels can do that, and then the rest.
+    // A tile that is written beside other work, as far as kernels can do that, and then the rest. What its statistics
+    // point to must stay where it is.
+    class WritingTile {
+      public:
+        explicit WritingTile(const KernelPair<X>& kernels) : k_(kernels) {}
+        void begin(const ApplyTo<X>& tile) {
+            tile_ = tile;
+            kernels_can_ = to_write_beside(tile_, &left_);
+            left_.rows = 0;
+        }
+        // n of its rows, from `first` on, whose statistics have come, and `scale` with them (null: none).
+        void add(index_t first, index_t n, const T* scale) {
+            left_.row = first;
+            left_.rows = first + n;
+            left_.lane = 0;
+            if (kernels_can_ && !scale) return;
+            tile_.s.scale = scale ? scale - first * tile_.s.row : nullptr;
+            write_rest(k_, tile_, &left_);
+            tile_.s.scale = nullptr;
+        }
+        // What is to be written now; null: nothing.
+        Unwritten<X>* tile() { return left_.done() ? nullptr : &left_; }
+        void rest() { write_rest(k_, tile_, &left_); }
+
+      private:
+        const KernelPair<X>& k_;
+        ApplyTo<X> tile_;
+        bool kernels_can_ = false;
+        Unwritten<X> left_;  // of what has been added
+    };
+
+    // A batch, tile by tile.
     class Writing {
       public:
-        explicit Writing(const RowsForward& walk) : walk_(walk) {}
+        explicit Writing(const RowsForward& walk) : walk_(walk), now_(walk.k_) {}
 
         // The batch must stay where it is.
         void begin(const Batch& batch) {
@@ -93,87 +148,35 @@ class RowsForward {
             }
             batch_ = &batch;
             all_.emplace(walk_.tiles_, batch.n);
-            i_ = 0;
-            take();
+            next_ = 0;
         }
-        // What is to be written now; null: nothing.
+        // As WritingTile.
         Unwritten<X>* tile() {
-            while (batch_ && tile_.done()) next();
-            return batch_ ? &tile_ : nullptr;
+            while (!now_.tile() && begin_next()) {
+            }
+            return now_.tile();
         }
         void rest() {
-            while (batch_) {
-                write_rest(walk_.k_, &tile_);
-                next();
-            }
+            do {
+                now_.rest();
+            } while (begin_next());
         }
 
       private:
-        // Written at once where it can't be done beside anything.
-        void take() {
-            const ApplyTo<X> tile = walk_.tile_of(*batch_, *all_, i_);
-            tile_ = {};
-            if (!to_write_beside(tile, &tile_)) apply(walk_.k_, tile);
-        }
-        void next() {
-            if (++i_ < all_->count()) {
-                take();
-            } else {
-                batch_ = nullptr;
-            }
+        bool begin_next() {
+            if (!batch_ || next_ == all_->count()) return false;
+            const ApplyTo<X> tile = walk_.tile_of(*batch_, *all_, next_++);
+            now_.begin(tile);
+            now_.add(0, tile.rows, tile.s.scale);
+            return true;
         }
 
         const RowsForward& walk_;
         const Batch* batch_ = nullptr;
         std::optional<SetTiles::Of> all_;
-        index_t i_ = 0;
-        Unwritten<X> tile_;
+        index_t next_ = 0;
+        WritingTile now_;
     };
-
-    // Sets that are one row each: a kernel does the moments of one beside the writing of another. False where the
-    // kernels can't take the rows as they lie.
-    bool row_by_row(index_t first, index_t last) const {
-        if (leaves_.count() > kLeavesOfRow || !read_x_.one_row() || elements_.n > 1) return false;
-        const Tiles row(elements_, 0);
-        for (index_t set = first, n; set < last; set += n) {
-            n = std::min(last - set, tiles_.next.extent - set % tiles_.next.extent);
-            const RowsFrom context{*this, plan_.kept.offsets(set)};
-            Tiles tiles = row;
-            tiles.rows = tiles_.next;
-            if (!forward_rows(k_, tile_at(context.at, tiles, {Offsets{}, n, row.lanes.extent}, {}),
-                              In{call_.x + context.at[kX], tiles_.next.stride[kX]}, plan_.center,
-                              {finish_row, &context})) {
-                return false;
-            }
-        }
-        return true;
-    }
-
-    struct RowsFrom {
-        const RowsForward& walk;
-        const Offsets at;
-    };
-
-    // FinishRow. A set that has to be scaled is written here.
-    static bool finish_row(const void* context, index_t row, const Moments* leaves, index_t count, T (&hi_lo_rstd)[3]) {
-        const auto& [walk, first] = *static_cast<const RowsFrom*>(context);
-        Moments m = leaves[0];
-        for (index_t l = 1; l < count; ++l) m.merge(leaves[l]);
-        const index_t x = first[kX] + row * walk.tiles_.next.stride[kX];
-        const index_t statistic = first[kStatistic] + row * walk.tiles_.next.stride[kStatistic];
-        const Split<T> s =
-            split<T>(finish_set<X>(walk.call_, walk.set_, walk.call_.x + x, walk.plan_.center, m, statistic));
-        hi_lo_rstd[0] = s.hi;
-        hi_lo_rstd[1] = s.lo;
-        hi_lo_rstd[2] = s.rstd;
-        if (s.scale == 1) return true;
-        Batch alone;
-        alone.n = 1;
-        alone.at = first + walk.tiles_.neighbour(row);
-        alone.statistics.put(0, s);
-        walk.write(alone);
-        return false;
-    }
 
     void take(index_t first, index_t last, Batch* batch) const {
         batch->first = first;
@@ -181,23 +184,25 @@ class RowsForward {
         batch->at = plan_.kept.offsets(first);
     }
 
-    void moments_of(Batch* batch, Writing* writing) const {
+    // Of n sets of a batch, from number `first` on. beside(): what is to be written meanwhile, or null.
+    template <class F>
+    void moments_of(Batch* batch, index_t first, index_t n, F beside) const {
         if (call_.given) return;
         const index_t next = tiles_.next.stride[kX], leaves = leaves_.count();
-        const char* x = call_.x + batch->at[kX];
+        const char* x = call_.x + batch->at[kX] + first * next;
         if (leaf_is_set_) {
             const Leaves::Leaf row = leaves_[0];
-            moments_along(k_, read_x_(x, row, nullptr), In{x, next}, 1, row.lanes, next, batch->n, plan_.center,
-                          batch->moments, writing ? writing->tile() : nullptr);
+            moments_along(k_, read_x_(x, row, nullptr), In{x, next}, 1, row.lanes, next, n, plan_.center,
+                          batch->moments + first, beside());
             return;
         }
-        for (index_t i = 0; i < batch->n; ++i, x += next) {
+        for (index_t i = first; i < first + n; ++i, x += next) {
             Moments all;
             for (index_t l = 0; l < leaves;) {
                 Moments some[kLeavesAtOnce];
-                const index_t n = some_leaves(x, l, leaves, some, writing ? writing->tile() : nullptr);
-                for (index_t j = 0; j < n; ++j) all.merge(some[j]);
-                l += n;
+                const index_t taken = some_leaves(x, l, leaves, some, beside());
+                for (index_t j = 0; j < taken; ++j) all.merge(some[j]);
+                l += taken;
             }
             batch->moments[i] = all;
         }
@@ -229,19 +234,21 @@ class RowsForward {
         return true;
     }
 
-    void finish(Batch* batch) const {
-        const index_t first = batch->at[kStatistic], step = tiles_.next.stride[kStatistic];
+    // The statistics of n sets of a batch, from number `first` on.
+    void finish(Batch* batch, index_t first, index_t n) const {
+        const index_t step = tiles_.next.stride[kStatistic], statistic = batch->at[kStatistic] + first * step;
         if (call_.given) {
-            batch->statistics.put(0, batch->n, call_.mean + first, call_.rstd + first, step);
+            batch->statistics.put(first, n, call_.mean + statistic, call_.rstd + statistic, step);
             return;
         }
         double mean[kSetsAtOnce], M2[kSetsAtOnce];
-        for (index_t i = 0; i < batch->n; ++i) {
-            mean[i] = batch->moments[i].mean;
-            M2[i] = batch->moments[i].M2;
+        for (index_t i = 0; i < n; ++i) {
+            mean[i] = batch->moments[first + i].mean;
+            M2[i] = batch->moments[first + i].M2;
         }
-        finish_sets<X>(call_, set_, call_.x + batch->at[kX], tiles_.next.stride[kX], plan_.center,
-                       batch->moments[0].count, mean, M2, batch->n, first, step, batch->statistics, 0);
+        const index_t next = tiles_.next.stride[kX];
+        finish_sets<X>(call_, set_, call_.x + batch->at[kX] + first * next, next, plan_.center,
+                       static_cast<double>(plan_.set_size), mean, M2, n, statistic, step, batch->statistics, first);
     }
 
     // For sets that are shared: all leaves, then each set's merge, then all elements.

@@ -248,7 +248,7 @@ void moments_along(const KernelPair<X>& k, Strided x, In origin, index_t rows, i
                    index_t leaves, bool center, Moments* out, Unwritten<X>* beside) {
     if (contiguous<X>(x, lanes)) {
         if (beside) {
-            k.direct.moments_beside(in(x), origin, rows, lanes, leaf, leaves, center, out, *beside);
+            k.direct.moments_beside[beside->w_lane](in(x), origin, rows, lanes, leaf, leaves, center, out, *beside);
         } else {
             k.direct.moments_along(in(x), origin, rows, lanes, leaf, leaves, center, out);
         }
@@ -262,44 +262,27 @@ void moments_along(const KernelPair<X>& k, Strided x, In origin, index_t rows, i
 }
 
 template <class X>
-bool to_write_beside(const ApplyTo<X>& tile, Unwritten<X>* out) {
+bool to_write_beside(const ApplyTo<X>& t, Unwritten<X>* out) {
     using T = Compute<X>;
-    if (tile.s.scale || tile.s.lane || !contiguous<X>(tile.x, tile.lanes) || !contiguous<X>(tile.y, tile.lanes) ||
-        !per_row<T>(tile.w, tile.lanes) || !per_row<T>(tile.b, tile.lanes)) {
-        return false;
-    }
-    *out = {in(tile.x), out_of(tile.y), in(tile.w), in(tile.b), tile.s, tile.rows, tile.lanes, tile.stream};
-    return true;
+    if (t.s.lane || !contiguous<X>(t.x, t.lanes) || !contiguous<X>(t.y, t.lanes)) return false;
+    *out = {in(t.x), out_of(t.y), in(t.w), in(t.b), t.s, t.rows, t.lanes, t.stream};
+    if (per_row<T>(t.w, t.lanes) && per_row<T>(t.b, t.lanes)) return true;
+    out->w_lane = true;
+    out->w_constant = t.w.p == one<T>().p;
+    out->b_constant = t.b.p == zero<T>().p;
+    return (out->w_constant || contiguous<T>(t.w, t.lanes)) && (out->b_constant || contiguous<T>(t.b, t.lanes));
 }
 
 template <class X>
-void write_rest(const KernelPair<X>& k, Unwritten<X>* tile) {
+void write_rest(const KernelPair<X>& k, const ApplyTo<X>& t, Unwritten<X>* written) {
     const auto write = [&](index_t rows, index_t lane) {
-        const index_t r = tile->row, at = lane * index_t{sizeof(X)};
-        Statistics<Compute<X>> s = tile->s;
-        for (auto** p : {&s.hi, &s.lo, &s.rstd}) *p += r * s.row;
-        k.direct.apply_along[0]({tile->x.at(r) + at, tile->x.row}, {tile->y.at(r) + at, tile->y.row},
-                                {tile->w.at(r), tile->w.row}, {tile->b.at(r), tile->b.row}, s, rows, tile->lanes - lane,
-                                tile->stream);
-        tile->row += rows;
+        const index_t r = written->row;
+        apply(k, shifted(t.x, r, lane), shifted(t.y, r, lane), shifted(t.w, r, lane), shifted(t.b, r, lane),
+              shifted(t.s, r, lane), rows, t.lanes - lane, t.stream);
+        written->row += rows;
     };
-    if (tile->lane > 0 && !tile->done()) write(1, tile->lane);
-    if (!tile->done()) write(tile->rows - tile->row, 0);
-}
-
-template <class X>
-bool forward_rows(const KernelPair<X>& k, const ApplyTo<X>& rows, In origin, bool center,
-                  FinishRow<Compute<X>> finish) {
-    using T = Compute<X>;
-    if (!contiguous<X>(rows.x, rows.lanes) || !contiguous<X>(rows.y, rows.lanes)) return false;
-    const Strided &w = rows.w, &b = rows.b;
-    const bool one_a_row = per_row<T>(w, rows.lanes) && per_row<T>(b, rows.lanes);
-    const bool no_w = w.p == one<T>().p, no_b = b.p == zero<T>().p;
-    if (!one_a_row && !((no_w || contiguous<T>(w, rows.lanes)) && (no_b || contiguous<T>(b, rows.lanes)))) return false;
-    k.direct.forward_rows[!one_a_row](
-        {in(rows.x), out_of(rows.y), in(w), in(b), origin, rows.rows, rows.lanes, center, rows.stream, no_w, no_b},
-        finish);
-    return true;
+    if (written->lane > 0 && !written->done()) write(1, written->lane);
+    if (!written->done()) write(written->rows - written->row, 0);
 }
 
 template <class X>
@@ -339,11 +322,10 @@ template Strided zero<double>();
     template void moments_along<X>(const KernelPair<X>&, Strided, In, index_t, index_t, index_t, index_t, bool,        \
                                    Moments*, Unwritten<X>*);                                                           \
     template bool to_write_beside<X>(const ApplyTo<X>&, Unwritten<X>*);                                                \
-    template void write_rest<X>(const KernelPair<X>&, Unwritten<X>*);                                                  \
+    template void write_rest<X>(const KernelPair<X>&, const ApplyTo<X>&, Unwritten<X>*);                               \
     template bool backward_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&, \
                                    index_t, index_t, double*, double*, bool,                                           \
                                    void (*)(const void*, index_t, const Sums&), const void*);                          \
-    template bool forward_rows<X>(const KernelPair<X>&, const ApplyTo<X>&, In, bool, FinishRow<T>);                    \
     template void moments_down<X>(const KernelPair<X>&, Strided, const T*, index_t, index_t, index_t, bool, double*,   \
                                   double*);
 NORMKIT_FOR_DTYPES(NORMKIT_INSTANTIATE)

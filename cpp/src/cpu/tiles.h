@@ -36,8 +36,8 @@ template <class X>
 struct ApplyTo {
     Strided x, y, w, b;
     TileStatistics<Compute<X>> s;
-    index_t rows, lanes;
-    bool stream;
+    index_t rows = 0, lanes = 0;
+    bool stream = false;
 };
 
 // The kernels for elements as they lie in memory, and for buffers, whose elements are of the type of arithmetic.
@@ -84,17 +84,13 @@ template <class X>
 void moments_along(const KernelPair<X>& k, Strided x, In origin, index_t rows, index_t lanes, index_t leaf,
                    index_t leaves, bool center, Moments* out, Unwritten<X>* beside = nullptr);
 
-// A tile that kernels can write as it lies, with w and b one a row: to `out`. False where it is not like that.
+// A tile that kernels can write as it lies, unless a set is scaled: to `out`. False where it is not like that.
 template <class X>
 bool to_write_beside(const ApplyTo<X>& tile, Unwritten<X>* out);
 
-// What is left of it.
+// What `written` has left of the tile that it was made of.
 template <class X>
-void write_rest(const KernelPair<X>& k, Unwritten<X>* tile);
-
-// k.forward_rows on rows as they lie; `rows` without statistics. False, and nothing done, where the kernels can't.
-template <class X>
-bool forward_rows(const KernelPair<X>& k, const ApplyTo<X>& rows, In origin, bool center, FinishRow<Compute<X>> finish);
+void write_rest(const KernelPair<X>& k, const ApplyTo<X>& tile, Unwritten<X>* written);
 
 // As the kernel.
 template <class X>
