@@ -9,6 +9,15 @@ from . import _gpu
 from ._errors import explain_backward, explain_evaluate, explain_forward, explain_stream
 
 
+def _run(operation: str, x: Any, written: tuple[object, ...], given: tuple[object, ...], stream: object) -> Any:
+    """Return None where the arguments have a mistake, which is then to be explained."""
+    if _gpu.on_gpu(x):
+        return _gpu.run(operation, x, written, given, stream)
+    if stream is not None:
+        explain_stream(x, stream)
+    return None
+
+
 def forward(
     norm: int,
     x: object,
@@ -24,14 +33,11 @@ def forward(
     ddof: object,
     stream: object,
 ) -> Any:
-    if _gpu.on_gpu(x):
-        given = (norm, x, spec, weight, bias, eps, out, statistics, running_mean, running_var, momentum, ddof)
-        result = _gpu.run("forward", x, (out, running_mean, running_var), given, stream)
-        if result is not None:
-            return result
-    elif stream is not None:
-        explain_stream(x, stream)
-    explain_forward(norm, x, spec, weight, bias, eps, out, running_mean, running_var, momentum, ddof)
+    given = (norm, x, spec, weight, bias, eps, out, statistics, running_mean, running_var, momentum, ddof)
+    result = _run("forward", x, (out, running_mean, running_var), given, stream)
+    if result is None:
+        explain_forward(norm, x, spec, weight, bias, eps, out, running_mean, running_var, momentum, ddof)
+    return result
 
 
 def evaluate(
@@ -47,14 +53,11 @@ def evaluate(
     running_var: object,
     stream: object,
 ) -> Any:
-    if _gpu.on_gpu(x):
-        given = (norm, x, spec, weight, bias, eps, out, statistics, running_mean, running_var)
-        result = _gpu.run("evaluate", x, (out,), given, stream)
-        if result is not None:
-            return result
-    elif stream is not None:
-        explain_stream(x, stream)
-    explain_evaluate(norm, x, spec, weight, bias, eps, out, running_mean, running_var)
+    given = (norm, x, spec, weight, bias, eps, out, statistics, running_mean, running_var)
+    result = _run("evaluate", x, (out,), given, stream)
+    if result is None:
+        explain_evaluate(norm, x, spec, weight, bias, eps, out, running_mean, running_var)
+    return result
 
 
 def backward(
@@ -71,11 +74,8 @@ def backward(
     grad_dtype: int,
     stream: object,
 ) -> Any:
-    if _gpu.on_gpu(x):
-        given = (norm, dy, x, mean, rstd, spec, weight, training, needs, out, grad_dtype)
-        result = _gpu.run("backward", x, (out,), given, stream)
-        if result is not None:
-            return result
-    elif stream is not None:
-        explain_stream(x, stream)
-    explain_backward(norm, dy, x, mean, rstd, spec, weight, training, needs, out)
+    given = (norm, dy, x, mean, rstd, spec, weight, training, needs, out, grad_dtype)
+    result = _run("backward", x, (out,), given, stream)
+    if result is None:
+        explain_backward(norm, dy, x, mean, rstd, spec, weight, training, needs, out)
+    return result
