@@ -9,6 +9,11 @@
 
 namespace normkit::cuda {
 
+// Pieces of the tiles of all outer blocks.
+NK_DEVICE index_t columns_of(const Work& w) {
+    return w.sets / w.axis[w.kept - 1].extent.divisor * w.entries.divisor * w.tiles.divisor;
+}
+
 // Where a thread is: a piece of rows of a tile of lanes of an outer block.
 template <class X>
 struct Column {
@@ -46,6 +51,10 @@ struct Column {
     NK_DEVICE index_t set(const Work& w, int k) const {
         return outer * w.axis[w.kept - 1].extent.divisor + group(w, k);
     }
+    // In the workspace: the piece's entry of lane k.
+    NK_DEVICE index_t entry(const Work& w, int k) const {
+        return (outer * w.entries.divisor + piece) * w.lanes.divisor + lane + k * step;
+    }
     // Of x and its like at the thread's first lane, where lanes lie side by side.
     template <Operand o>
     NK_DEVICE index_t offset(const Work& w) const {
@@ -81,6 +90,14 @@ NK_DEVICE index_t row_offset(const Work& w, index_t row) {
     return offset_along<o>(w, w.kept, w.axes - 1, row);
 }
 
+// A parameter that is one for all lanes of a row, as `read_lanes` gives it; `at`: its offset there.
+template <class X>
+NK_DEVICE void read_row(const Parameter& p, index_t at, Compute<X>* out) {
+    const Compute<X> one = load_parameter<X>(p, at);
+    NORMKIT_UNROLL
+    for (int k = 0; k < kVector<X>; ++k) out[k] = one;
+}
+
 // `at`: the operand at the thread's first lane.
 template <class X>
 NK_DEVICE uint4 load_lanes(const Work& w, const Column<X>& c, const char* at) {
@@ -109,7 +126,7 @@ void columns_moments(NK_WORK(Work) w) {
     constexpr int V = kVector<X>;
     Partial* const parts = reinterpret_cast<Partial*>(shared_memory());
     double* const counts = reinterpret_cast<double*>(parts + kBlock * V);
-    const index_t total = w.sets / w.axis[w.kept - 1].extent.divisor * w.entries.divisor * w.tiles.divisor;
+    const index_t total = columns_of(w);
     for (index_t id = blockIdx.x; id < total; id += gridDim.x) {
         const Column<X> c(w, id);
         const char* const x = w.x + c.template offset<kX>(w);
@@ -176,8 +193,7 @@ void columns_moments(NK_WORK(Work) w) {
             NORMKIT_UNROLL
             for (int k = 0; k < V; ++k) {
                 if (k >= c.valid) continue;
-                w.moments[(c.outer * w.entries.divisor + c.piece) * w.lanes.divisor + c.lane + k * c.step] = {mean[k],
-                                                                                                              M2[k]};
+                w.moments[c.entry(w, k)] = {mean[k], M2[k]};
             }
         }
         block_barrier();
@@ -190,7 +206,7 @@ NK_KERNEL(kBlock, 2)
 void columns_apply(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int V = kVector<X>;
-    const index_t total = w.sets / w.axis[w.kept - 1].extent.divisor * w.entries.divisor * w.tiles.divisor;
+    const index_t total = columns_of(w);
     for (index_t id = blockIdx.x; id < total; id += gridDim.x) {
         const Column<X> c(w, total - 1 - id);
         if (c.valid == 0) continue;
@@ -206,16 +222,8 @@ void columns_apply(NK_WORK(Work) w) {
         for (index_t r = c.y; r < c.rows; r += w.height) {
             const index_t row = c.first_row + r;
             const uint4 v = load_lanes(w, c, x + row_offset<kX>(w, row));
-            if (w.weight_by_row) {
-                const T one = load_parameter<X>(w.weight, weight + row_offset<kWeight>(w, row));
-                NORMKIT_UNROLL
-                for (int k = 0; k < V; ++k) weights[k] = one;
-            }
-            if (w.bias_by_row) {
-                const T one = load_parameter<X>(w.bias, bias + row_offset<kBias>(w, row));
-                NORMKIT_UNROLL
-                for (int k = 0; k < V; ++k) biases[k] = one;
-            }
+            if (w.weight_by_row) read_row<X>(w.weight, weight + row_offset<kWeight>(w, row), weights);
+            if (w.bias_by_row) read_row<X>(w.bias, bias + row_offset<kBias>(w, row), biases);
             uint4 out{0, 0, 0, 0};
             NORMKIT_UNROLL
             for (int k = 0; k < V; ++k) Lanes<X>::set(out, k, y_of(Lanes<X>::get(v, k), s[k], weights[k], biases[k]));
@@ -233,7 +241,7 @@ void columns_sums(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int V = kVector<X>;
     Pair<double>* const parts = reinterpret_cast<Pair<double>*>(shared_memory());
-    const index_t total = w.sets / w.axis[w.kept - 1].extent.divisor * w.entries.divisor * w.tiles.divisor;
+    const index_t total = columns_of(w);
     for (index_t id = blockIdx.x; id < total; id += gridDim.x) {
         const Column<X> c(w, id);
         Split<T> s[V];
@@ -291,7 +299,7 @@ void columns_sums(NK_WORK(Work) w) {
             NORMKIT_UNROLL
             for (int k = 0; k < V; ++k) {
                 if (k >= c.valid) continue;
-                w.sums[(c.outer * w.entries.divisor + c.piece) * w.lanes.divisor + c.lane + k * c.step] = sum[k];
+                w.sums[c.entry(w, k)] = sum[k];
             }
         }
         block_barrier();
@@ -303,7 +311,7 @@ NK_KERNEL(kBlock, 2)
 void columns_dx(NK_WORK(Work) w) {
     using T = Compute<X>;
     constexpr int V = kVector<X>;
-    const index_t total = w.sets / w.axis[w.kept - 1].extent.divisor * w.entries.divisor * w.tiles.divisor;
+    const index_t total = columns_of(w);
     for (index_t id = blockIdx.x; id < total; id += gridDim.x) {
         const Column<X> c(w, total - 1 - id);
         if (c.valid == 0) continue;
@@ -328,11 +336,7 @@ void columns_dx(NK_WORK(Work) w) {
             const index_t row = c.first_row + r;
             const uint4 vx = load_lanes(w, c, x + row_offset<kX>(w, row));
             const uint4 vdy = load_lanes(w, c, dy + row_offset<kDy>(w, row));
-            if (w.weight_by_row) {
-                const T one = load_parameter<X>(w.weight, weight + row_offset<kWeight>(w, row));
-                NORMKIT_UNROLL
-                for (int k = 0; k < V; ++k) weights[k] = one;
-            }
+            if (w.weight_by_row) read_row<X>(w.weight, weight + row_offset<kWeight>(w, row), weights);
             uint4 out{0, 0, 0, 0};
             NORMKIT_UNROLL
             for (int k = 0; k < V; ++k) {
