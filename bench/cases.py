@@ -1,9 +1,9 @@
 """The cases of all benchmarks, and the fewest bytes that each has to move: the one place of both.
 
-    python bench/cases.py [--cpp]
+    python bench/cases.py [--device cuda] [--cpp]
 
-prints the names of all cases; with --cpp the table that the C++ benchmark is compiled with, a row for each case and
-pass:
+prints the names of all cases, of the CPU or of a GPU; with --cpp the table that the C++ benchmark is compiled with, a
+row for each case and pass:
 
     NORMKIT_CASE(name, norm, pass, layout, num_groups, passes2, passes4, passes8, extents...)
 
@@ -19,7 +19,9 @@ from dataclasses import dataclass
 
 Shape = tuple[int, ...]
 
-L2 = 1 << 20  # bytes of one core, as on recent servers; a constant, so that figures of two machines compare
+# In bytes: constants, so that figures of two machines compare.
+L2 = 1 << 20  # of one core, as on recent servers
+GPU_L2 = 50 << 20  # as on the H100
 NORMS = {"bn": "batch", "ln": "layer", "rms": "rms", "gn": "group", "in": "instance"}
 DTYPES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}  # bytes per element
 
@@ -156,6 +158,29 @@ HALF_CASES: tuple[Case, ...] = (
     *(Case("bn", layout, images(32, 64, 56)) for layout in ("nchw", "nhwc")),
 )
 
+# What a GPU is measured on, in every dtype: arrays large enough for it.
+GPU_ROWS = [
+    *((32768, d) for d in (256, 1024, 4096, 8192, 16384)),
+    *((4096, d) for d in (1000, 1023, 5120, 12288)),
+    *((131072, 128), (16, 10**6)),
+]
+GPU_GN = [
+    *(images(n, c, side) for n in (2, 16) for c, side in ((320, 64), (640, 32), (1280, 16), (960, 64))),
+    images(1, 128, 512),  # of a decoder of images
+]
+GPU_IN = [images(256, 128, 28), images(8, 64, 256), images(2, 32, 128, 128, 128)]
+GPU_BN = [
+    *(images(n, c, side) for n in (32, 256) for c, side in ((64, 112), (256, 56), (1024, 14), (2048, 7))),
+    images(32, 65, 56),  # awkward: vectors of channels don't fit
+]
+GPU_CASES: tuple[Case, ...] = (
+    *(Case(norm, "rows", shape) for norm in ("ln", "rms") for shape in GPU_ROWS),
+    *(Case("gn", layout, shape, 32) for layout in ("nchw", "nhwc") for shape in GPU_GN),
+    *(Case("in", layout, shape) for layout in ("nchw", "nhwc") for shape in GPU_IN),
+    *(Case("bn", layout, shape) for layout in ("nchw", "nhwc") for shape in GPU_BN),
+    Case("bn", "nchw", (160000, 256)),
+)
+
 
 def cpp_row(case: Case, which: str) -> str:
     counts = (passes_over_memory(case, which, itemsize) for itemsize in (2, 4, 8))
@@ -165,11 +190,12 @@ def cpp_row(case: Case, which: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print the cases of the benchmarks.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose cases (default: cpu)")
     parser.add_argument("--cpp", action="store_true", help="as the table that the C++ benchmark is compiled with")
     options = parser.parse_args()
     if options.cpp:
         print("// Made by bench/cases.py --cpp, which says what the columns are.")
-    for case in CASES:
+    for case in GPU_CASES if options.device == "cuda" else CASES:
         for which in case.passes:
             print(cpp_row(case, which) if options.cpp else name(case, which))
 

@@ -2,20 +2,20 @@
 
 A contender turns a problem (the arrays of a case) and a pass into a `Run`, or into None where it cannot do it. Everyone
 works on the same memory: views of it, where a library has strides, and the shape in memory where it has not. Results
-come back in the logical shape, so that they can be compared.
+come back in the logical shape, so that they can be compared. On a GPU arrays are torch's, and stay there.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
-import math
 import os
 import re
 import subprocess
 import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,45 +23,43 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 import normkit
 from cases import NORMS, Case, Shape
+from devices import Array, Call, Device, InProcess, Run
 from normkit import bench as plain
 
 EPS = plain.EPS
 PIECE = 1 << 22  # elements that `exact` computes at a time
 
-Array = NDArray[Any]
-Call = Callable[[], Any]
-
-
-def dtype_of(name: str) -> np.dtype[Any]:
-    return np.dtype(importlib.import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)
-
 
 class Problem:
     """The arrays of a case: x, dy, weight, bias and running statistics, random; out, for the result.
 
-    x, dy and out are C-contiguous in the order of memory; `logical` shows them as (N, C, ...).
+    x, dy and out are C-contiguous in the order of memory; `logical` shows them as (N, C, ...). `others`: the same
+    numbers in other memory, as many times as it takes on this device until a cache has forgotten them.
     """
 
-    def __init__(self, case: Case, dtype: str) -> None:
-        rng = np.random.default_rng(0)
+    ARRAYS = ("x", "dy", "weight", "bias", "out", "running_mean", "running_var")
 
-        def normal(shape: Shape) -> Array:
-            if dtype == "float64":
-                return rng.standard_normal(shape)
-            return rng.standard_normal(shape, dtype=np.float32).astype(dtype_of(dtype), copy=False)
-
-        self.case, self.dtype = case, dtype
+    def __init__(self, case: Case, dtype: str, device: Device) -> None:
+        self.case, self.dtype, self.device = case, dtype, device
+        xp, normal = device.xp, device.normal(dtype)
+        # What all agree on, and what results are compared in.
+        self.wide = xp.float64 if dtype == "float64" else xp.float32
         self.x, self.dy = normal(case.shape_in_memory), normal(case.shape_in_memory)
         self.weight, self.bias = normal(case.parameter_shape), normal(case.parameter_shape)
-        self.out = np.empty_like(self.x)
+        self.out = xp.empty_like(self.x)
         # Numbers of the dtype, for libraries whose running statistics are of it; normkit wants them wider.
-        wide = np.float64 if dtype == "float64" else np.float32
-        self.running_mean = normal(case.parameter_shape).astype(wide)
-        self.running_var = np.exp(normal(case.parameter_shape)).astype(wide)
+        self.running_mean = xp.asarray(normal(case.parameter_shape), dtype=self.wide)
+        self.running_var = xp.asarray(xp.exp(normal(case.parameter_shape)), dtype=self.wide)
+        self.others = [self.elsewhere() for _ in range(1, device.sets(2 * self.x.nbytes))]
+
+    def elsewhere(self) -> Problem:
+        other = copy.copy(self)
+        for name in self.ARRAYS:
+            setattr(other, name, copy.deepcopy(getattr(self, name)))
+        return other
 
     def logical(self, array: Any) -> Any:
         """An array or tensor that lies as x does, as (N, C, ...)."""
@@ -92,54 +90,6 @@ class Problem:
         return [x, *self.extra, weight, EPS if self.case.norm == "rms" else bias]
 
 
-class Run(ABC):
-    """A call that is ready to be checked and timed.
-
-    `mode` is "out" where it writes into memory that it is given, else "call".
-    """
-
-    mode: str
-
-    @abstractmethod
-    def results(self) -> list[Array] | None:
-        """What it computes, in logical shape: y, or dx and the gradients of parameters. None: it checks itself."""
-
-    @abstractmethod
-    def seconds(self, at_least: float) -> float:
-        """The time of one call, the mean of as many as take `at_least` seconds."""
-
-
-class InProcess(Run):
-    """A Python call; `read` makes arrays of what it returns."""
-
-    def __init__(self, call: Call, read: Callable[[Any], list[Array]], mode: str) -> None:
-        self.call, self.read, self.mode = call, read, mode
-        self.repeats = 0
-
-    def results(self) -> list[Array]:
-        return self.read(self.call())
-
-    def seconds(self, at_least: float) -> float:
-        if self.repeats == 0:
-            self.repeats = self._enough(at_least)
-        if self.repeats > 1:
-            self.call()  # brings threads and caches back from the contender before
-        return self._time(self.repeats) / self.repeats
-
-    def _enough(self, at_least: float) -> int:
-        repeats = 1
-        while (elapsed := self._time(repeats)) < at_least:
-            repeats = math.ceil(repeats * min(10, 1.2 * at_least / elapsed))
-        return repeats
-
-    def _time(self, repeats: int) -> float:
-        call = self.call
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return time.perf_counter() - start
-
-
 class Contender(ABC):
     """Raises ImportError when made, where its library is not installed."""
 
@@ -147,7 +97,7 @@ class Contender(ABC):
     version: str
 
     @abstractmethod
-    def __init__(self, threads: int) -> None: ...
+    def __init__(self, device: Device) -> None: ...
 
     @abstractmethod
     def prepare(self, problem: Problem, which: str, mode: str) -> Run | None:
@@ -162,9 +112,10 @@ class Normkit(Contender):
 
     name = "normkit"
 
-    def __init__(self, threads: int, module: ModuleType = normkit) -> None:
+    def __init__(self, device: Device, module: ModuleType = normkit) -> None:
         self.module, self.version = module, module.__version__
-        module.set_num_threads(threads)
+        if device.threads:
+            module.set_num_threads(device.threads)
 
     def prepare(self, problem: Problem, which: str, mode: str) -> InProcess:
         arguments = problem.arguments(which, lambda array: array)
@@ -183,8 +134,8 @@ class Loose(Normkit):
 
     name = "loose"
 
-    def __init__(self, threads: int, path: str) -> None:
-        super().__init__(threads, with_core(path))
+    def __init__(self, device: Device, path: str) -> None:
+        super().__init__(device, with_core(path))
 
 
 def with_core(path: str) -> ModuleType:
@@ -212,25 +163,36 @@ class Torch(Contender):
 
     name = "torch"
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, device: Device) -> None:
         self.torch: Any = importlib.import_module("torch")
         self.version = self.torch.__version__
-        self.torch.set_num_threads(threads)
+        self.device = device
+        if device.threads:
+            self.torch.set_num_threads(device.threads)
 
-    def prepare(self, problem: Problem, which: str, mode: str) -> Run:
+    def prepare(self, problem: Problem, which: str, mode: str) -> Run | None:
+        function = self.function(problem)
+        if function is None:
+            return None
+        arguments = self.arguments(problem, which)
+        if which == "backward":
+            return self.backward(problem, function, arguments)
+        # On a GPU batch_norm is cuDNN's as a rule, which has no out variant.
+        if mode == "out" and problem.case.norm == "bn" and self.device.threads:
+            return self.batch_norm_out(problem, arguments)
+        return InProcess(partial(function, *arguments), lambda y: [self.array(y)], "call")
+
+    def function(self, problem: Problem) -> Callable[..., Any] | None:
+        """With the arguments of its like in torch.nn.functional; None: it cannot do this one."""
+        function: Callable[..., Any] = getattr(self.torch.nn.functional, problem.function)
+        return function
+
+    def arguments(self, problem: Problem, which: str) -> list[Any]:
         arguments = problem.arguments(which, self.tensor)
         if which == "evaluate":  # running statistics of the dtype of the parameters, as module.to(dtype) leaves them
             x, mean, var, weight, *rest = arguments
             arguments = [x, mean.to(weight.dtype), var.to(weight.dtype), weight, *rest]
-        if which == "backward":
-            return self.backward(problem, arguments)
-        return self.forward(problem, which, arguments, mode)
-
-    def forward(self, problem: Problem, which: str, arguments: list[Any], mode: str) -> Run:
-        if mode == "out" and problem.case.norm == "bn":
-            return self.batch_norm_out(problem, arguments)
-        function = self.function(problem.function)
-        return InProcess(partial(function, *arguments), lambda y: [self.array(y)], "call")
+        return arguments
 
     def batch_norm_out(self, problem: Problem, arguments: list[Any]) -> Run:
         """The one norm with an out variant; those of layer and group norm copy a fresh result."""
@@ -241,26 +203,32 @@ class Torch(Contender):
         call = partial(function, x, weight, bias, mean, var, training, 0.1, EPS, **given)
         return InProcess(call, lambda results: [self.array(results[0])], "out")
 
-    def backward(self, problem: Problem, arguments: list[Any]) -> Run:
+    def backward(self, problem: Problem, function: Callable[..., Any], arguments: list[Any]) -> Run:
         leaves = [argument for argument in arguments if isinstance(argument, self.torch.Tensor)]
         for leaf in leaves:
             leaf.requires_grad_()
-        y = self.function(problem.function)(*arguments)
-        dy = problem.logical(self.tensor(problem.dy))
-        call = partial(self.torch.autograd.grad, y, leaves, dy, retain_graph=True)
-        return InProcess(call, lambda gradients: [self.array(gradient) for gradient in gradients], "call")
+        y = function(*arguments)
+        call = partial(self.torch.autograd.grad, y, leaves, self.dy(problem), retain_graph=True)
+        return InProcess(call, self.gradients, "call")
 
-    def function(self, name: str) -> Callable[..., Any]:
-        function: Callable[..., Any] = getattr(self.torch.nn.functional, name)
-        return function
+    def dy(self, problem: Problem) -> Any:
+        return problem.logical(self.tensor(problem.dy))
 
-    def tensor(self, array: Array) -> Any:
+    def gradients(self, gradients: Sequence[Any]) -> list[Array]:
+        return [self.array(gradient) for gradient in gradients]
+
+    def tensor(self, array: Any) -> Any:
+        """A new tensor on the memory of an array or tensor, so that no one else sees what is set of it."""
+        if not isinstance(array, np.ndarray):
+            return array.detach()
         if array.dtype.name == "bfloat16":  # which torch does not know by NumPy's name
             return self.torch.from_numpy(array.view(np.int16)).view(self.torch.bfloat16)
         return self.torch.from_numpy(array)
 
     def array(self, tensor: Any) -> Array:
         tensor = tensor.detach()
+        if self.device.xp is self.torch:
+            return tensor
         return np.asarray(tensor.float() if tensor.dtype == self.torch.bfloat16 else tensor)
 
 
@@ -269,21 +237,133 @@ class TorchCompile(Torch):
 
     name = "torch.compile"
 
-    def __init__(self, threads: int) -> None:
-        super().__init__(threads)
+    def __init__(self, device: Device) -> None:
+        super().__init__(device)
         for module in ("torch._dynamo", "torch._functorch.config"):
             importlib.import_module(module)
         # A graph that is kept for the next call must not have its buffers reused by this one.
         self.torch._functorch.config.donated_buffer = False
+        self.compiled: tuple[object, Callable[..., Any]] | None = None
 
-    def prepare(self, problem: Problem, which: str, mode: str) -> Run:
-        self.torch._dynamo.reset()  # else the second shape is compiled as a shape that varies
+    def prepare(self, problem: Problem, which: str, mode: str) -> Run | None:
+        what = (problem.case, problem.dtype, which)
+        if self.compiled is None or self.compiled[0] != what:
+            self.torch._dynamo.reset()  # else the second shape is compiled as a shape that varies
+            eager: Any = super().function(problem)
+            self.compiled = what, self.torch.compile(lambda *arguments: eager(*arguments), dynamic=False)
         return super().prepare(problem, which, "call")
 
-    def function(self, name: str) -> Callable[..., Any]:
-        eager = super().function(name)
-        compiled: Callable[..., Any] = self.torch.compile(lambda *arguments: eager(*arguments), dynamic=False)
-        return compiled
+    def function(self, problem: Problem) -> Callable[..., Any] | None:
+        return self.compiled and self.compiled[1]
+
+
+# ---- libraries of kernels for torch's tensors on a GPU ---------------------------------------------------------------
+
+
+def version_of(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:  # it can be imported from somewhere
+        return "unknown"
+
+
+class Apex(Torch):
+    """NVIDIA Apex: fused layer and RMS norm; group norm in NHWC, for the numbers of channels that it is made for."""
+
+    name = "apex"
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(device)
+        importlib.import_module("fused_layer_norm_cuda")  # the kernels, which not every installation has
+        self.fused: Any = importlib.import_module("apex.normalization.fused_layer_norm")
+        try:
+            self.group_norm: Any = importlib.import_module("apex.contrib.group_norm").GroupNorm
+        except ImportError:
+            self.group_norm = None
+        self.version = version_of("apex")
+
+    def function(self, problem: Problem) -> Callable[..., Any] | None:
+        fused = self.fused
+        if problem.case.norm == "gn":
+            return self.group_norm_of(problem)
+        return {
+            "ln": lambda x, shape, weight, bias: fused.fused_layer_norm_affine(x, weight, bias, shape, EPS),
+            "rms": lambda x, shape, weight, eps: fused.fused_rms_norm_affine(x, weight, shape, eps),
+        }.get(problem.case.norm)
+
+    def group_norm_of(self, problem: Problem) -> Callable[..., Any] | None:
+        """Its layer, which knows the best of its kernels, on parameters that are not the layer's own."""
+        case = problem.case
+        channels, groups = case.shape[1], case.num_groups
+        if self.group_norm is None or case.layout != "nhwc":
+            return None
+        if channels not in self.group_norm.SUPPORTED_CHANNELS or groups not in self.group_norm.SUPPORTED_GROUPS:
+            return None  # then it is torch's
+        layer = self.group_norm(groups, channels, eps=EPS, device=problem.x.device, dtype=problem.weight.dtype)
+
+        def group_norm(x: Any, num_groups: int, weight: Any, bias: Any) -> Any:
+            return self.torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
+
+        return group_norm
+
+
+class Liger(Torch):
+    """Liger-Kernel: layer, RMS and group norm in Triton, on memory in the order of the shape."""
+
+    name = "Liger"
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(device)
+        self.liger: Any = importlib.import_module("liger_kernel.transformers.functional")
+        self.version = version_of("liger-kernel")
+
+    def function(self, problem: Problem) -> Callable[..., Any] | None:
+        liger, channels = self.liger, problem.case.shape[1]
+        if problem.case.layout == "nhwc":  # it would copy
+            return None
+        return {
+            "ln": lambda x, shape, weight, bias: liger.liger_layer_norm(x, weight, bias, EPS),
+            "rms": lambda x, shape, weight, eps: liger.liger_rms_norm(x, weight, eps),
+            "gn": lambda x, groups, weight, bias: liger.liger_group_norm(x, weight, bias, channels, groups, EPS),
+        }.get(problem.case.norm)
+
+    def dy(self, problem: Problem) -> Any:
+        """Its own: RMS norm writes dx over it, which saves it memory. So only the first result is right."""
+        return super().dy(problem).clone()
+
+
+class Quack(Torch):
+    """QuACK: layer and RMS norm in the CuTe DSL; the parameters of layer norm are always float32."""
+
+    name = "quack"
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(device)
+        self.quack: Any = importlib.import_module("quack.rmsnorm")
+        self.version = version_of("quack-kernels")
+
+    def function(self, problem: Problem) -> Callable[..., Any] | None:
+        quack = self.quack
+        return {
+            "ln": lambda x, shape, weight, bias: quack.layernorm_fwd(x, weight, bias, EPS),
+            "rms": lambda x, shape, weight, eps: quack.rmsnorm(x, weight, eps=eps),
+        }.get(problem.case.norm)
+
+    def arguments(self, problem: Problem, which: str) -> list[Any]:
+        arguments = super().arguments(problem, which)
+        if problem.case.norm == "ln":
+            x, shape, weight, bias = arguments
+            arguments = [x, shape, weight.float(), bias.float()]
+        return arguments
+
+    def backward(self, problem: Problem, function: Callable[..., Any], arguments: list[Any]) -> Run:
+        """Of layer norm the autograd engine knows nothing."""
+        if problem.case.norm != "ln":
+            return super().backward(problem, function, arguments)
+        x, _, weight, bias = arguments
+        _, rstd, mean = self.quack.layernorm_fwd(x, weight, bias, EPS, return_rstd=True, return_mean=True)
+        call = partial(self.quack.layernorm_bwd, x, weight, self.dy(problem), rstd, mean)
+        return InProcess(call, self.gradients, "call")
 
 
 # ---- the formula in NumPy and JAX ------------------------------------------------------------------------------------
@@ -325,7 +405,7 @@ class Formula:
         return weight, bias, mean, var
 
     def read(self, results: Sequence[Any]) -> list[Array]:
-        data, *gradients = (np.asarray(result) for result in results)
+        data, *gradients = map(self.problem.device.xp.asarray, results)
         parameter_shape = self.problem.case.parameter_shape
         return [
             self.problem.logical(data.reshape(self.problem.x.shape)),
@@ -338,7 +418,7 @@ class NumPy(Contender):
 
     name = "NumPy"
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, device: Device) -> None:
         self.version = np.__version__
 
     def prepare(self, problem: Problem, which: str, mode: str) -> Run:
@@ -380,22 +460,31 @@ def wide(array: Array) -> Array:
 def exact(problem: Problem, which: str) -> list[Array]:
     """The results that everyone is judged by: the formula in float64, kept in float32 where the data is no wider.
 
-    Every number of them: 15 to 50 ns for an element of x. Whole sets at a time, so that temporaries are of 32 MB each.
+    Every number of them: 15 to 50 ns of a CPU for an element of x. Whole sets at a time, so that temporaries are of 32
+    MB each.
     """
-    formula = Formula(problem)
-    arrays = [np.broadcast_to(array, formula.shape) for array in (*formula.data(), *formula.parameters())]
+    xp, formula = problem.device.xp, Formula(problem)
+    arrays = [xp.broadcast_to(array, formula.shape) for array in (*formula.data(), *formula.parameters())]
     n = formula.shape[formula.cut]
     step = max(1, PIECE * n // problem.case.size)
-    kept = np.result_type(problem.x.dtype, np.float32)
     pieces = []
     for start in range(0, n, step):
         piece = (*[slice(None)] * formula.cut, slice(start, start + step))
-        results = NumPy.call(which, formula.sets, *(array[piece].astype(np.float64) for array in arrays))()
-        pieces.append([result.astype(kept) for result in results])
+        results = exact_piece(which, formula.sets, *(xp.asarray(array[piece], dtype=xp.float64) for array in arrays))
+        pieces.append([xp.asarray(result, dtype=problem.wide) for result in results])
     data, *gradients = zip(*pieces)
     # A piece has some of the channels, or adds to all of them.
-    whole = np.concatenate if formula.cut else partial(np.sum, axis=0)
-    return formula.read([np.concatenate(data, formula.cut), *map(whole, gradients)])
+    whole: Callable[[Sequence[Any]], Any] = xp.concatenate if formula.cut else sum
+    return formula.read([xp.concatenate(data, formula.cut), *map(whole, gradients)])
+
+
+def exact_piece(
+    which: str, sets: plain.Sets, x: Array, dy: Array, weight: Array, bias: Array, mean: Array, var: Array
+) -> list[Array]:
+    if which == "backward":
+        return plain.gradients(dy, x, *plain.moments(x, sets), weight, sets)
+    statistics = (mean, 1 / (var + EPS) ** 0.5) if which == "evaluate" else plain.moments(x, sets)
+    return [plain.apply(x, *statistics, weight, bias, sets)]
 
 
 class Jax(Contender):
@@ -403,9 +492,9 @@ class Jax(Contender):
 
     name = "jax.jit"
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, device: Device) -> None:
         # XLA sizes its pool by this variable, once; none of XLA_FLAGS limits it.
-        os.environ["NPROC"] = str(threads)
+        os.environ["NPROC"] = str(device.threads)
         self.jax: Any = importlib.import_module("jax")
         self.version = self.jax.__version__
         self.jax.config.update("jax_platforms", "cpu")
@@ -459,12 +548,12 @@ class OnnxRuntime(Contender):
         "in": ("InstanceNormalization", {}),
     }
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, device: Device) -> None:
         self.onnx: Any = importlib.import_module("onnx")
         self.ort: Any = importlib.import_module("onnxruntime")
         self.version = self.ort.__version__
         self.options = self.ort.SessionOptions()
-        self.options.intra_op_num_threads = threads
+        self.options.intra_op_num_threads = device.threads
         self.options.inter_op_num_threads = 1
         self.options.log_severity_level = 4  # what a machine lacks (a GPU, a cpuinfo file) is no news here
 
@@ -529,10 +618,10 @@ class OneDnn(Contender):
     DTYPES: ClassVar[dict[str, str]] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
     DIRECTIONS: ClassVar[dict[str, str]] = {"forward": "FWD_D", "evaluate": "FWD_I", "backward": "BWD_DW"}
 
-    def __init__(self, threads: int, path: str) -> None:
+    def __init__(self, device: Device, path: str) -> None:
         self.path = path
         self.version = "benchdnn"
-        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(device.threads)}
 
     def prepare(self, problem: Problem, which: str, mode: str) -> Run | None:
         if problem.dtype not in self.DTYPES:

@@ -3,9 +3,9 @@
     python bench/report.py FILE [--mode out] [--markdown] [--plot FILE]
 
 FILE is what compare.py --json wrote: the machine, the versions of the contenders, and the rows. A row is a dict: name,
-threads, mode, seconds and ratio by contender, bandwidth, roofline, spread of the rounds (of normkit and of the copy),
-cores that other processes took, the contenders that ran in the other mode, those whose results were wrong. A ratio is a
-contender's time over normkit's.
+threads (0 on a GPU), mode, seconds and ratio by contender, bandwidth, that of the copy, roofline, spread of the rounds
+(of normkit and of the copy), cores that other processes took, the contenders that ran in the other mode, those whose
+calls the GPU waited for ("late"), those whose results were wrong. A ratio is a contender's time over normkit's.
 """
 
 from __future__ import annotations
@@ -39,14 +39,20 @@ def thread_counts(file: File, mode: str) -> list[int]:
 
 def title(file: File, mode: str) -> str:
     machine = file["machine"]
+    if "GPU" in machine:
+        place = f"{machine['GPU']}, driver {machine['driver']}, CUDA {machine['CUDA']}, L2 {machine['L2']}"
+    else:
+        place = f"{machine['CPU']}, {machine['cores']} cores, {machine['instruction set']}"
     return (
-        f"{machine['CPU']}, {machine['cores']} cores, {machine['instruction set']}; "
+        f"{place}; "
         f"{', '.join(f'{contender} {version}' for contender, version in file['versions'].items())}; "
         f"{'outputs given' if mode == 'out' else 'fresh outputs'}"
     )
 
 
 def in_words(threads: int) -> str:
+    if threads == 0:
+        return "GPU"
     return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
@@ -58,11 +64,15 @@ def best_peer(row: Row) -> tuple[str, float] | None:
     return min(peers(row).items(), key=lambda item: item[1], default=None)
 
 
-def group_of(name: str) -> tuple[tuple[int, ...], str]:
+def on_gpu(row: Row) -> bool:
+    return row.get("threads") == 0
+
+
+def group_of(row: Row) -> tuple[tuple[int, ...], str]:
     """The line of the summary that a row counts in, after what sorts the lines."""
-    operation, layout, *_, dtype = name.split("/")
-    if DTYPES[dtype] == 2:
-        return (2,), "half types"
+    operation, layout, *_, dtype = row["name"].split("/")
+    if DTYPES[dtype] == 2 and not on_gpu(row):  # a CPU has few of them
+        return (len(DTYPES),), "half types"
     norm, which = operation.split("_")
     words = [norm.upper(), "evaluation" if which == "evaluate" else which]
     by_layout = layout != "rows" and which != "evaluate"
@@ -71,15 +81,14 @@ def group_of(name: str) -> tuple[tuple[int, ...], str]:
     if dtype != "float32":
         words.append(dtype)
     passes = ("forward", "backward", "evaluate")
-    return (dtype != "float32", list(NORMS).index(norm), passes.index(which), by_layout and layout == "nhwc"), " ".join(
-        words
-    )
+    order = (list(DTYPES).index(dtype), list(NORMS).index(norm), passes.index(which), by_layout and layout == "nhwc")
+    return order, " ".join(words)
 
 
 def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
     groups: dict[tuple[tuple[int, ...], str], list[Row]] = {}
     for row in rows:
-        groups.setdefault(group_of(row["name"]), []).append(row)
+        groups.setdefault(group_of(row), []).append(row)
     return {label: groups[order, label] for order, label in sorted(groups)}
 
 
@@ -91,7 +100,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     names = list(dict.fromkeys(name for row in rows for name in (*peers(row), *row["wrong"])))
     columns = [name for name in names if name not in YARDSTICKS]
     loose = any("loose" in row["ratio"] for row in rows)
-    head = f"{'case':42}{'µs':>10}{'GB/s':>8}{'roofline':>10}{'copy ±':>8}"
+    head = f"{'case':42}{'µs':>10}{'GB/s':>8}{'roofline':>10}{'copy':>8}{'copy ±':>8}"
     lines = [head + "".join(f"{name:>15}" for name in columns) + ("      contracts" if loose else "") + "  best peer"]
     for row in sorted(rows, key=lambda row: (best_peer(row) or ("", math.inf))[1]):
         cells = [f"{cell(row, name):>15}" for name in columns]
@@ -99,9 +108,10 @@ def table(rows: Sequence[Row]) -> list[str]:
             contracts = f"{100 / row['ratio']['loose'] - 100:+.0f}%" if "loose" in row["ratio"] else ""
             cells.append(f"{contracts:>15}")
         best = best_peer(row)
+        time = f"{1e6 * row['seconds']['normkit']:.1f}{waited(row, 'normkit')}"
         ours = (
-            f"{1e6 * row['seconds']['normkit']:10.1f}{row['bandwidth'] / 1e9:8.1f}{row['roofline']:10.2f}"
-            f"{row['spread']['copy']:8.1%}"
+            f"{time:>10}{row['bandwidth'] / 1e9:8.1f}{row['roofline']:10.2f}"
+            f"{copy_bandwidth(row) / 1e9:8.1f}{row['spread']['copy']:8.1%}"
         )
         last = f"  {best[1]:.2f} {best[0]}" if best else ""
         if "normkit" in row["wrong"]:
@@ -110,18 +120,32 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def copy_bandwidth(row: Row) -> float:
+    bandwidth: float = row.get("copy_bandwidth") or row["bandwidth"] / row["roofline"]  # older files do not say it
+    return bandwidth
+
+
 def cell(row: Row, name: str) -> str:
     if name in row["wrong"]:
         return "wrong"
     if name not in row["ratio"]:
         return "-"
-    return f"{row['ratio'][name]:.2f}" + ("*" if name in row["other_mode"] else " ")
+    return f"{row['ratio'][name]:.2f}{waited(row, name)}" + ("*" if name in row["other_mode"] else " ")
+
+
+def waited(row: Row, name: str) -> str:
+    return "'" if name in row.get("late", ()) else ""
 
 
 def summary(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Under the names of `SUMMARY`: geometric means and worst cases by group, and of all."""
     lines: list[tuple[str, ...]] = []
-    for group, members in (*grouped(rows).items(), ("all", rows)):
+    groups: dict[str, Sequence[Row]] = {**grouped(rows)}
+    if all(map(on_gpu, rows)):
+        groups |= {
+            f"all {which}": [row for row in rows if f"_{which}/" in row["name"]] for which in ("forward", "backward")
+        }
+    for group, members in {**groups, "all": rows}.items():
         torch = [row["ratio"]["torch"] for row in members if "torch" in row["ratio"]]
         best = [peer[1] for row in members if (peer := best_peer(row))]
         roofline = [row["roofline"] for row in members]
@@ -159,7 +183,8 @@ def noise(rows: Sequence[Row]) -> str:
 
 
 def text(rows: Sequence[Row]) -> str:
-    lines = ["time of the others over normkit's; *: not in this mode", *table(rows), ""]
+    late = "; ': the GPU waited for its calls" if any(row.get("late") for row in rows) else ""
+    lines = [f"time of the others over normkit's; *: not in this mode{late}", *table(rows), ""]
     lines += [f"{group:24}" + "".join(f"{cell:>17}" for cell in cells) for group, *cells in (SUMMARY, *summary(rows))]
     for heading, members in lists(rows):
         lines += ["", f"{heading}: {len(members)}", *(f"  {member}" for member in members)]

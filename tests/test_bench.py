@@ -7,8 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -16,7 +20,7 @@ import normkit
 from normkit import _core, bench, functional
 
 FOLDER = Path(__file__).parents[1] / "bench"
-MODULES = ("cases", "contenders", "report", "compare")  # tests have a module `cases` too
+MODULES = ("cases", "devices", "contenders", "report", "compare")  # tests have a module `cases` too
 TINY = "bn_forward/nchw/12x4x8x8/float32"
 
 
@@ -293,7 +297,7 @@ TINY_CASES = [
 @pytest.mark.parametrize("case", TINY_CASES, ids=str)
 def test_exact_results_piece_by_piece(modules, case, dtype, monkeypatch):
     contenders, case = modules["contenders"], modules["cases"].Case(*case)
-    problem = contenders.Problem(case, dtype)
+    problem = contenders.Problem(case, dtype, modules["devices"].Cpu(1))
     for which in case.passes:
         whole = contenders.exact(problem, which)
         with monkeypatch.context() as patch:
@@ -308,14 +312,413 @@ def test_exact_results_piece_by_piece(modules, case, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("case", TINY_CASES, ids=str)
 def test_contenders_agree(modules, torch, case, dtype, mode, capsys):
-    compare, case = modules["compare"], modules["cases"].Case(*case)
+    compare, case, cpu = modules["compare"], modules["cases"].Case(*case), modules["devices"].Cpu(1)
     options = compare.parse(["--contenders", "torch,numpy", "--mode", mode])
-    problem = modules["contenders"].Problem(case, dtype)
+    problem = modules["contenders"].Problem(case, dtype, cpu)
     for which in case.passes:
-        runs, wrong = compare.Bench(options, 1).ready(problem, which)
+        runs, wrong = compare.Bench(options, cpu).ready(problem, which)
         assert (list(runs), wrong) == (["normkit", "torch", "NumPy"], [])
         assert runs["normkit"].mode == mode
     assert capsys.readouterr().err == ""
+
+
+# ---- compare.py --device cuda, on a CPU in place of the GPU ----------------------------------------------------------
+
+
+class Gpu:
+    """What devices.Cuda asks of torch.cuda: a device that computes at once, so that its time is the CPU's."""
+
+    def __init__(self):
+        self.properties = SimpleNamespace(name="NVIDIA Stand-in", L2_cache_size=1 << 10)
+        self.spins, self.enough = [], 0  # cycles; how many of them it takes until all calls are there
+
+    def get_device_properties(self, place):
+        return self.properties
+
+    def empty_cache(self):
+        pass
+
+    def _sleep(self, cycles):
+        self.spins.append(cycles)
+
+    def Event(self, enable_timing):
+        assert enable_timing
+        return Event(self)
+
+
+class Event:
+    def __init__(self, gpu):
+        self.gpu, self.time = gpu, None
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def query(self):
+        return self.gpu.spins[-1] < self.gpu.enough
+
+    def synchronize(self):
+        assert self.time is not None
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.time - self.time)
+
+
+def through_numpy(torch, function):
+    """A function of normkit for tensors on the CPU, which it would refuse."""
+
+    def array_of(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        assert not value.requires_grad
+        if value.dtype == torch.bfloat16:
+            return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return value.numpy()
+
+    def tensor_of(array):
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    def call(*arguments, **given):
+        result = function(*map(array_of, arguments), **{name: array_of(value) for name, value in given.items()})
+        return tuple(map(tensor_of, result)) if isinstance(result, tuple) else tensor_of(result)
+
+    return call
+
+
+@pytest.fixture
+def gpu(modules, torch, monkeypatch):
+    gpu = Gpu()
+    torch.set_num_threads(1)
+    for name in ("Event", "_sleep", "empty_cache", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, getattr(gpu, name))
+    cuda = modules["devices"].Cuda
+    monkeypatch.setattr(cuda, "place", "cpu")
+    monkeypatch.setattr(cuda, "missing", staticmethod(lambda: ""))
+    for norm in modules["cases"].NORMS.values():
+        for name in (f"{norm}_norm", f"{norm}_norm_forward", f"{norm}_norm_backward"):
+            monkeypatch.setattr(normkit, name, through_numpy(torch, getattr(normkit, name)))
+    monkeypatch.setattr(modules["compare"], "GPU_CASES", tuple(modules["cases"].Case(*case) for case in TINY_CASES))
+    return gpu
+
+
+def compared_on_gpu(compare, path, *arguments):
+    compare.main(["--device", "cuda", "--rounds", "1", "--quick", "--json", str(path), *arguments])
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("mode", ["call", "out"])
+def test_compare_on_gpu(modules, gpu, tmp_path, mode, capsys):
+    path = tmp_path / "results.json"
+    picture = str(tmp_path / "picture.png")
+    arguments = ["--contenders", "torch", "--dtype", "float32", "--dtype", "bfloat16", "--mode", mode]
+    file = compared_on_gpu(modules["compare"], path, *arguments, "--plot", picture)
+    assert list(file["machine"]) == ["GPU", "driver", "CUDA", "L2", "CPU", "system", "Python"]
+    assert file["machine"]["GPU"] == "NVIDIA Stand-in" and file["machine"]["L2"] == "0.000976562 MiB"
+    assert list(file["versions"]) == ["normkit", "torch"]
+
+    cases = modules["cases"]
+    passes = {
+        cases.name(case, which, dtype): (case, which, dtype)
+        for dtype in ("float32", "bfloat16")
+        for case in modules["compare"].GPU_CASES
+        for which in case.passes
+    }
+    assert [row["name"] for row in file["rows"]] == list(passes)
+    for row in file["rows"]:
+        case, which, dtype = passes[row["name"]]
+        itemsize = cases.DTYPES[dtype]
+        assert (row["threads"], row["mode"], row["wrong"], row["late"]) == (0, mode, [], [])
+        assert set(row["seconds"]) == {"normkit", "torch", "copy"} and min(row["seconds"].values()) > 0
+        assert row["other_mode"] == (["torch"] if mode == "out" else [])
+        size = cases.fewest_bytes(case, which, itemsize, cases.GPU_L2)
+        assert row["bandwidth"] == pytest.approx(size / row["seconds"]["normkit"])
+        copied = (3 if which == "backward" else 2) * case.size * itemsize
+        assert row["copy_bandwidth"] == pytest.approx(copied / row["seconds"]["copy"])
+
+    output = capsys.readouterr().out
+    assert "NVIDIA Stand-in, driver" in output and "; GPU\n" in output
+    for group in ("BN forward NHWC", "RMS backward bfloat16", "all forward", "all backward"):
+        assert re.search(rf"^{group} ", output, re.MULTILINE), group
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert compared_on_gpu(modules["compare"], path, *arguments, "--resume") == file
+
+
+def test_compare_on_gpu_does_not_go_on_with_rows_of_a_cpu(modules, gpu, tmp_path):
+    path = tmp_path / "results.json"
+    cheap = ["--threads", "1", "--quick", "--rounds", "1", "--contenders", "", "--json", str(path)]
+    modules["compare"].main(["--cases", TINY, *cheap])
+    with pytest.raises(SystemExit, match="GPU not said, now NVIDIA Stand-in; "):
+        compared_on_gpu(modules["compare"], path, "--contenders", "", "--resume")
+    compared_on_gpu(modules["compare"], path, "--contenders", "", "--cases", "ln_forward/rows/4x24/float32")
+    with pytest.raises(SystemExit, match="GPU NVIDIA Stand-in, now not said; "):
+        modules["compare"].main([*cheap, "--resume"])
+
+
+def test_rotation_past_the_cache(modules, torch, gpu):
+    devices, contenders = modules["devices"], modules["contenders"]
+    case = modules["cases"].Case("ln", "rows", (4, 256))
+    assert contenders.Problem(case, "float32", devices.Cuda(torch)).others == []
+    gpu.properties.L2_cache_size = 16 << 10
+    problem = contenders.Problem(case, "float32", devices.Cuda(torch))
+    assert len(problem.others) == 7  # forward uses 8 KiB of each set, and they are to be four times the cache
+    for name in contenders.Problem.ARRAYS:
+        arrays = [getattr(each, name) for each in (problem, *problem.others)]
+        assert len({array.data_ptr() for array in arrays}) == 8
+        assert name == "out" or all(torch.equal(array, arrays[0]) for array in arrays)
+
+
+def test_calls_take_turns_and_keep_results(modules, torch, gpu):
+    devices = modules["devices"]
+    log, alive = [], weakref.WeakSet()
+
+    class Result:
+        pass
+
+    def run(number):
+        def call():
+            log.append(number)
+            alive.add(result := Result())
+            return result
+
+        return devices.InProcess(call, lambda result: [result], "call")
+
+    first = run(0)
+    first.rotate([run(1), run(2)], devices.EventClock(gpu))
+    assert log == [0, 1, 2] and len(alive) == 3  # each has been called before anything is timed
+    first.repeats = 5
+    first.seconds(0.0)
+    assert log[3:] == [0, 1, 2, 0, 1, 2] and len(alive) == 3
+
+
+def test_measurement_on_gpu_is_of_few_calls(modules, gpu):
+    devices = modules["devices"]
+    run = devices.InProcess(lambda: None, lambda _: [], "call")
+    run.rotate([], devices.EventClock(gpu))
+    run.seconds(10.0)
+    assert run.repeats == devices.EventClock.most_calls
+
+
+def test_gpu_spins_until_all_calls_are_there(modules, gpu):
+    clock = modules["devices"].EventClock(gpu)
+    calls = [lambda: None] * 3
+    clock.seconds(iter(calls))
+    assert gpu.spins == [clock.FEWEST_CYCLES] and not clock.late
+    gpu.enough = 10 * clock.FEWEST_CYCLES
+    clock.seconds(iter(calls))
+    assert gpu.spins[1:] == [clock.FEWEST_CYCLES * factor for factor in (1, 4, 16)] and not clock.late
+    clock.seconds(iter(calls))
+    assert gpu.spins[4:] == [16 * clock.FEWEST_CYCLES]
+
+
+def test_compare_says_that_the_gpu_waited(modules, gpu, tmp_path, capsys):
+    gpu.enough = math.inf
+    arguments = ["--contenders", "torch", "--cases", "ln_forward/*/float32"]
+    (row,) = compared_on_gpu(modules["compare"], tmp_path / "results.json", *arguments)["rows"]
+    assert row["late"] == ["normkit", "torch"]
+    output = capsys.readouterr().out
+    assert "': the GPU waited for its calls" in output
+    assert re.search(rf"^{row['name']} +[\d.]+' .* {row['ratio']['torch']:.2f}' ", output, re.MULTILINE)
+
+
+def stand_ins(torch):
+    """Libraries of kernels, as far as contenders.py calls them, by torch: their functions, their arguments."""
+    functional = torch.nn.functional
+
+    class InPlace(torch.autograd.Function):
+        """dx comes to lie on dy."""
+
+        @staticmethod
+        def forward(context, x, weight, eps):
+            context.save_for_backward(x, weight)
+            context.eps = eps
+            return functional.rms_norm(x, weight.shape, weight, eps)
+
+        @staticmethod
+        def backward(context, dy):
+            x, weight = (tensor.detach().requires_grad_() for tensor in context.saved_tensors)
+            with torch.enable_grad():
+                y = functional.rms_norm(x, weight.shape, weight, context.eps)
+            dx, dweight = torch.autograd.grad(y, (x, weight), dy)
+            return dy.copy_(dx), dweight, None
+
+    def liger_layer_norm(X, W, B, eps):
+        return functional.layer_norm(X, W.shape, W, B, eps)
+
+    def liger_rms_norm(X, W, eps, offset=0.0, casting_mode="llama", in_place=True):
+        assert in_place
+        return InPlace.apply(X, W, eps)
+
+    def liger_group_norm(X, affine_scaling_weight, affine_shifting_bias, num_channels, num_groups, eps):
+        assert X.is_contiguous() and X.shape[1] == num_channels
+        return functional.group_norm(X, num_groups, affine_scaling_weight, affine_shifting_bias, eps)
+
+    def fused_layer_norm_affine(input, weight, bias, normalized_shape, eps=1e-6, memory_efficient=False):
+        return functional.layer_norm(input, normalized_shape, weight, bias, eps)
+
+    def fused_rms_norm_affine(input, weight, normalized_shape, eps=1e-6, memory_efficient=False):
+        return functional.rms_norm(input, normalized_shape, weight, eps)
+
+    class GroupNorm(torch.nn.GroupNorm):
+        SUPPORTED_CHANNELS, SUPPORTED_GROUPS = frozenset([6]), frozenset([3])
+
+    def layernorm_fwd(x, weight, bias=None, eps=1e-6, return_rstd=False, return_mean=False):
+        assert weight.dtype == bias.dtype == torch.float32
+        y, mean, rstd = torch.native_layer_norm(x.float(), weight.shape, weight, bias, eps)
+        return (y.to(x.dtype), rstd, mean) if return_rstd and return_mean else y.to(x.dtype)
+
+    def layernorm_bwd(x, weight, dout, rstd, mean, has_bias=True):
+        arguments = (x.shape[1:], mean, rstd, weight, weight, [True, True, has_bias])
+        return torch.ops.aten.native_layer_norm_backward(dout.float(), x.float(), *arguments)
+
+    def rmsnorm(x, weight=None, bias=None, residual=None, out_dtype=None, residual_dtype=None, eps=1e-6):
+        return functional.rms_norm(x, weight.shape, weight, eps)
+
+    return {
+        "liger_kernel.transformers.functional": (liger_layer_norm, liger_rms_norm, liger_group_norm),
+        "fused_layer_norm_cuda": (),
+        "apex.normalization.fused_layer_norm": (fused_layer_norm_affine, fused_rms_norm_affine),
+        "apex.contrib.group_norm": (GroupNorm,),
+        "quack.rmsnorm": (layernorm_fwd, layernorm_bwd, rmsnorm),
+    }
+
+
+@pytest.fixture
+def kernels(torch, monkeypatch):
+    for name, members in stand_ins(torch).items():
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:i]), ModuleType(".".join(parts[:i])))
+        module = ModuleType(name)
+        for member in members:
+            setattr(module, member.__name__, member)
+        monkeypatch.setitem(sys.modules, name, module)
+    return sys.modules
+
+
+CAN = {
+    "ln": ["apex", "Liger", "quack"],
+    "rms": ["apex", "Liger", "quack"],
+    "gn nchw": ["Liger"],
+    "gn nhwc": ["apex"],
+}
+
+
+@pytest.mark.parametrize("mode", ["call", "out"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", TINY_CASES, ids=str)
+def test_contenders_on_gpu_agree(modules, torch, gpu, kernels, case, dtype, mode, capsys):
+    compare, case = modules["compare"], modules["cases"].Case(*case)
+    device = modules["devices"].Cuda(torch)
+    options = compare.parse(["--device", "cuda", "--contenders", "torch,apex,liger,quack", "--mode", mode])
+    bench = compare.Bench(options, device)
+    problem = modules["contenders"].Problem(case, dtype, device)
+    dy = problem.dy.clone()
+    others = CAN.get(case.norm, CAN.get(f"{case.norm} {case.layout}", []))
+    for which in case.passes:
+        runs, wrong = bench.ready(problem, which)
+        assert (list(runs), wrong) == (["normkit", "torch", *others], [])
+        assert [run.mode for run in runs.values()] == [mode] + ["call"] * (len(runs) - 1)
+        assert torch.equal(problem.dy, dy)
+    assert capsys.readouterr().err == ""
+
+
+def test_compare_on_gpu_leaves_out_who_is_wrong_or_fails(modules, gpu, kernels, tmp_path, monkeypatch, capsys):
+    def fails(*arguments, **given):
+        raise RuntimeError("must be 64 KiB or less")
+
+    right = kernels["apex.normalization.fused_layer_norm"].fused_layer_norm_affine
+    monkeypatch.setattr(
+        kernels["apex.normalization.fused_layer_norm"],
+        "fused_layer_norm_affine",
+        lambda *arguments: 1.01 * right(*arguments),
+    )
+    monkeypatch.setattr(kernels["quack.rmsnorm"], "layernorm_fwd", fails)
+    arguments = ["--contenders", "apex,liger,quack", "--cases", "ln_forward/*/float32"]
+    (row,) = compared_on_gpu(modules["compare"], tmp_path / "results.json", *arguments)["rows"]
+    assert row["wrong"] == ["apex"] and set(row["ratio"]) == {"Liger", "copy"}
+    output, errors = capsys.readouterr()
+    assert "wrong results: 1" in output
+    assert "quack fails in ln_forward/rows/4x24/float32, and maybe in others: RuntimeError: must be 64" in errors
+
+
+def test_compare_on_gpu_finds_its_peers(modules, gpu, monkeypatch, tmp_path, capsys):
+    for name in ("apex", "fused_layer_norm_cuda", "liger_kernel", "quack"):
+        monkeypatch.setitem(sys.modules, name, None)  # cannot be imported
+    arguments = ["--contenders", "torch,apex,liger,quack", "--cases", "rms_forward/*/float16"]
+    (row,) = compared_on_gpu(modules["compare"], tmp_path / "results.json", *arguments)["rows"]
+    assert set(row["ratio"]) == {"torch", "copy"}
+    errors = capsys.readouterr().err
+    assert all(f"{peer} is left out: " in errors for peer in ("apex", "liger", "quack"))
+
+
+@pytest.mark.parametrize(
+    ("normkit_is_built", "found", "words"),
+    [
+        (False, None, "normkit built with CUDA, and this one is built without; build it with: pip install"),
+        (True, "no torch", "needs torch with CUDA, got ModuleNotFoundError"),
+        (True, "no CUDA", r"needs torch with CUDA, got torch \S+ without"),
+        (True, "no GPU", "needs a GPU and its driver, and torch sees none"),
+        (True, "normkit sees no GPU", "needs a GPU and its driver, and normkit sees none"),
+    ],
+)
+def test_compare_says_what_it_takes_on_gpu(modules, normkit_is_built, found, words, torch, monkeypatch):
+    def is_built():
+        if not normkit_is_built:
+            return core()
+
+    core = normkit._gpu.core
+    monkeypatch.setitem(sys.modules, "normkit._cuda", None)
+    monkeypatch.setattr(normkit._gpu, "core", is_built)
+    monkeypatch.setattr(torch.version, "cuda", None if found == "no CUDA" else "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found != "no GPU")
+    monkeypatch.setattr(normkit.cuda, "is_available", lambda: found != "normkit sees no GPU")
+    if found == "no torch":
+        monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit) as exit:
+        modules["compare"].main(["--device", "cuda"])
+    sentence = exit.value.code
+    assert re.search(words, sentence) and sentence.endswith("or leave --device out, to measure on the CPU")
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--threads", "2"], "--threads must be left out with --device cuda"),
+        (["--loose", "core.so"], "--loose must be left out with --device cuda"),
+        (["--contenders", "jax"], "--contenders must be of torch, compile, apex, liger, quack, got jax"),
+        (["--cases", "no such case"], "`python bench/cases.py --device cuda` prints, got 'no such case'"),
+    ],
+)
+def test_arguments_of_compare_on_gpu(modules, arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        modules["compare"].main(["--device", "cuda", *arguments])
+    assert words in capsys.readouterr().err
+
+
+def test_cases_of_gpu(cases):
+    names = [cases.name(case, which) for case in cases.GPU_CASES for which in case.passes]
+    assert len(set(names)) == len(names)
+    assert {
+        "ln_forward/rows/32768x16384",
+        "rms_backward/rows/4096x1023",
+        "rms_forward/rows/16x1000000",
+        "gn_forward/nhwc/16x960x64x64/g32",
+        "gn_backward/nchw/1x128x512x512/g32",
+        "in_backward/nhwc/2x32x128x128x128",
+        "bn_backward/nchw/256x64x112x112",
+        "bn_forward/nhwc/32x65x56x56",
+        "bn_forward/nchw/160000x256",
+    } <= set(names)
+    output = subprocess.run(
+        [sys.executable, FOLDER / "cases.py", "--device", "cuda"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout
+    assert output.splitlines() == names
 
 
 # ---- python -m normkit.bench -----------------------------------------------------------------------------------------

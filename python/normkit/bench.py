@@ -59,9 +59,9 @@ class Sets(NamedTuple):
 
 
 def moments(x: Array, sets: Sets) -> tuple[Any, Array]:
-    """The mean of each set, and the reciprocal of its standard deviation."""
+    """The mean of each set, and the reciprocal of its standard deviation; of tensors too, as all of the formula."""
     mean = x.mean(sets.axes, keepdims=True) if sets.center else 0
-    return mean, 1 / np.sqrt(np.square(x - mean).mean(sets.axes, keepdims=True) + EPS)
+    return mean, 1 / (((x - mean) ** 2).mean(sets.axes, keepdims=True) + EPS) ** 0.5
 
 
 def apply(x: Array, mean: Any, rstd: Array, weight: Array, bias: Array, sets: Sets) -> Array:
