@@ -121,6 +121,8 @@ class SetTiles {
     const Axis next;  // from a set to its neighbour
 
     index_t at_once() const { return at_once_; }
+    // Whether rows of neighbouring sets lie between those of a set.
+    bool interleaved() const { return interleaved_ && elements_.n > 1; }
 
     // How many sets from `first` on, and before `last`.
     index_t take(index_t first, index_t last) const {
@@ -197,13 +199,14 @@ class SetTiles {
     }
 
     // Enough for rows of some length where sets are short, or where their runs lie interleaved in memory (batch norm of
-    // small images), so that memory is read and written in order.
+    // small images, group norm in NHWC), so that memory is read and written in order.
     index_t number(const Plan& plan, index_t bytes, bool near) const {
         const index_t set = plan.set_size * bytes, run = plan.run.size() * bytes;
         index_t n = kNearBytes / set;
         if (interleaved_ && elements_.n > 1) {
             const index_t rows = (near ? kShortRows : kPieceBytes) / run, most = kPieceBytes / set;
-            const index_t wanted = !near || rows < most ? rows : most;
+            const bool narrow = most * run < kLeastWidth;
+            const index_t wanted = !near || narrow || rows < most ? rows : most;
             if (wanted > n) n = wanted;
             while (n & (n - 1)) n &= n - 1;  // as sets_in_row, for most runs
         }
@@ -222,6 +225,9 @@ class SetTiles {
     }
 
     static constexpr index_t kLeastRows = 8, kShortRun = 256;
+    // Bytes of neighbouring runs that sets are worth which their second reading then finds in L2: with fewer, all the
+    // neighbours go together, so that memory is read in order (docs/decisions/0002).
+    static constexpr index_t kLeastWidth = 4096;
 
     const Nest elements_;
     const bool interleaved_;  // rows of neighbouring sets lie between those of a set, or a set is one row

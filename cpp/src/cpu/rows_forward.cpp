@@ -196,6 +196,18 @@ class RowsForward {
                           batch->moments + first, beside());
             return;
         }
+        if (leaves_.rows > 1 && tiles_.interleaved()) {
+            // In the order of memory: leaf by leaf of all sets.
+            std::fill_n(batch->moments + first, n, Moments{});
+            for (index_t l = 0; l < leaves; ++l) {
+                for (index_t i = 0; i < n; ++i) {
+                    Moments leaf;
+                    some_leaves(x + i * next, l, leaves, &leaf, beside());
+                    batch->moments[first + i].merge(leaf);
+                }
+            }
+            return;
+        }
         for (index_t i = first; i < first + n; ++i, x += next) {
             Moments all;
             for (index_t l = 0; l < leaves;) {
