@@ -122,6 +122,7 @@ struct Case {
     index_t offset = 0, gap = 0;
     bool in_place = false;
     bool sorted = false;
+    bool repeated = false;  // the weight has a stride of 0 along its first axis
 };
 
 struct Results {
@@ -149,6 +150,7 @@ Inputs make_inputs(const Case& c, Dtype dtype, index_t offset, index_t gap) {
     const Dtype own = dtype == Dtype::float64 || c.parameter_dtype == Dtype::none ? dtype : c.parameter_dtype;
     in.weight = Array(parameter_shape_of(c, in.x.view), own);
     in.bias = Array(parameter_shape_of(c, in.x.view), own);
+    if (c.repeated) in.weight.view.strides[0] = 0;
     return in;
 }
 
@@ -704,7 +706,16 @@ int main(int argc, char** argv) {
          true,
          Dtype::none,
          {70, 1}},
+        {"axes 0, weight repeated down the rows",
+         axes_of(Norm::axes, 1),
+         {20, 12},
+         {},
+         Dtype::float32,
+         true,
+         Dtype::none,
+         {20, 12}},
     };
+    cases.back().repeated = true;
     const std::size_t kinds = cases.size();
     // Each in the other dtypes.
     for (const Dtype dtype : {Dtype::float64, Dtype::float16, Dtype::bfloat16}) {

@@ -374,7 +374,8 @@ class BackwardPlanner : Planner {
             bool by_row = false;
             for (int i = w_.kept; i < w_.axes - 1; ++i) by_row = by_row || varies(i);
             gradients_ = by_row ? Gradients::others : Gradients::by_cell;
-            w_.weight_in_sums = by_row && w_.weight.data;
+            // A weight that is only repeated down the rows is a cell's own.
+            w_.weight_in_sums = w_.weight_by_row;
             cell_axes_ = w_.axes - 1;  // the lanes of a group
             return;
         }
