@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <new>
 #include <random>
 #include <set>
 #include <string>
@@ -49,9 +50,11 @@ class EmulatedMachine : public cuda::Machine {
   public:
     cuda::Device properties;
     std::string kernels;
+    int allocations = -1;  // that there is memory for; -1: any number
 
     cuda::Device device() override { return properties; }
     void* allocate(index_t bytes) override {
+        if (allocations-- == 0) throw std::bad_alloc();
         void* p = std::aligned_alloc(256, static_cast<std::size_t>((bytes + 255) / 256 * 256));
         std::memset(p, 0xff, static_cast<std::size_t>(bytes));
         return p;
@@ -506,6 +509,61 @@ void check_running() {
     }
 }
 
+// Where memory runs out, at whatever allocation, nothing has been enqueued.
+void check_out_of_memory() {
+    Case c{"out of memory", spec_of(Norm::batch), {3, 5, 4, 6}};
+    Inputs in = make_inputs(c, c.dtype, 0, 0), exact = make_inputs(c, Dtype::float64, 0, 0);
+    fill(c, &in, &exact);
+    Array y(c.shape, c.dtype), running({2, 5}, Dtype::float64), gradients({2, 5}, Dtype::float32);
+    for (index_t i = 0; i < running.size(); ++i) running.set(i, 1);
+    const auto row = [](const Array& of, index_t i) {
+        View v = of.view;
+        v.ndim = 1;
+        v.shape[0] = v.shape[1];
+        v.data = static_cast<char*>(v.data) + i * v.strides[0];
+        v.strides[0] = v.strides[1];
+        return v;
+    };
+    std::vector<double> mean(5), rstd(5);
+    Forward f;
+    f.x = in.x.view;
+    f.y = y.view;
+    f.running_mean = row(running, 0);
+    f.running_var = row(running, 1);
+    Evaluate e;
+    e.x = f.x;
+    e.y = f.y;
+    e.running_mean = f.running_mean;
+    e.running_var = f.running_var;
+    e.mean = mean.data();
+    e.rstd = rstd.data();
+    Backward b;
+    b.x = in.x.view;
+    b.dy = in.dy.view;
+    b.mean = mean.data();
+    b.rstd = rstd.data();
+    b.dx = y.view;
+    b.dweight = row(gradients, 0);
+    b.dbias = row(gradients, 1);
+    for (int operation = 0; operation < 3; ++operation) {
+        for (int allocations = 0;; ++allocations) {
+            EmulatedMachine machine;
+            machine.properties = {1, 0, 0};
+            machine.allocations = allocations;
+            try {
+                operation == 0   ? cuda::forward(c.spec, f, machine)
+                : operation == 1 ? cuda::evaluate(c.spec, e, machine)
+                                 : cuda::backward(c.spec, b, machine);
+                break;
+            } catch (const std::bad_alloc&) {
+                if (machine.kernels.empty()) continue;
+                std::printf("out of memory after %s\n", machine.kernels.c_str());
+                ++failures;
+            }
+        }
+    }
+}
+
 // Magnitudes at the ends of the range, NaN and infinity, constant sets.
 void check_extremes() {
     for (const Norm norm : {Norm::layer, Norm::batch, Norm::instance}) {
@@ -740,6 +798,7 @@ int main(int argc, char** argv) {
     }
     for (std::size_t i = 0; i < cases.size(); ++i) check(cases[i], i < kinds);
     check_running();
+    check_out_of_memory();
     check_extremes();
     check_batch();
 

@@ -33,8 +33,7 @@ class Memory {
 
 bool reads_x(Kernel k) { return k >= Kernel::rows_forward && k <= Kernel::columns_dx; }
 
-void start_all(Launches* launches, Machine& machine) {
-    const Memory workspace(machine, launches->workspace);
+void start_all(Launches* launches, const Memory& workspace, Machine& machine) {
     launches->place(workspace.get<char>());
     last_path = {};
     last_path.launches = launches->count;
@@ -124,7 +123,8 @@ bool forward(const Spec& spec, const Forward& args, Machine& machine) {
     if (running && !call.mean) call.mean = moments.get<double>();
     if (running && !call.M2) call.M2 = moments.get<double>() + plan.sets;
     plan_forward(plan, call, machine.device(), &launches);
-    start_all(&launches, machine);
+    const Memory workspace(machine, launches.workspace);
+    start_all(&launches, workspace, machine);
     if (running) {
         Running& r = launches.running;
         r = running_of(args.running_mean, args.running_var);
@@ -152,20 +152,22 @@ bool evaluate(const Spec& spec, const Evaluate& args, Machine& machine) {
     const Memory statistics(machine, 2 * sets * index_t{sizeof(double)});
     if (!call.mean) call.mean = statistics.get<double>();
     if (!call.rstd) call.rstd = statistics.get<double>() + sets;
-    Launches launches;
-    Running& r = launches.running;
+    // All that can fail for want of memory comes before the first launch, which writes results.
+    Launches launches, before;
+    if (args.x.size() > 0) {
+        call.given = true;
+        plan_forward(make_plan(p), call, machine.device(), &launches);
+    }
+    const Memory workspace(machine, launches.workspace);
+    Running& r = before.running;
     r = running_of(args.running_mean, args.running_var);
     r.channels = channels;
     r.samples = sets / channels;
     r.eps = args.eps;
     r.out_mean = call.mean;
     r.out_rstd = call.rstd;
-    start_one(Kernel::use_running, sets, &launches, machine);
-    if (args.x.size() > 0) {
-        call.given = true;
-        plan_forward(make_plan(p), call, machine.device(), &launches);
-        start_all(&launches, machine);
-    }
+    start_one(Kernel::use_running, sets, &before, machine);
+    if (args.x.size() > 0) start_all(&launches, workspace, machine);
     ++last_path.launches;
     return true;
 }
@@ -202,7 +204,8 @@ bool backward(const Spec& spec, const Backward& args, Machine& machine) {
     }
     Launches launches;
     plan_backward(make_plan(p), call, machine.device(), &launches);
-    start_all(&launches, machine);
+    const Memory workspace(machine, launches.workspace);
+    start_all(&launches, workspace, machine);
     return true;
 }
 
