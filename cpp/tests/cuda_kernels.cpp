@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <new>
 #include <random>
@@ -682,6 +683,104 @@ void check_batch() {
     }
 }
 
+// What the planner asks of a device, for sets and arrays that no test could compute.
+class PlanningMachine : public cuda::Machine {
+  public:
+    cuda::Device properties;
+    std::string wrong;
+
+    cuda::Device device() override { return properties; }
+    void* allocate(index_t) override { return reinterpret_cast<void*>(index_t{1} << 60); }
+    void deallocate(void*) noexcept override {}
+    void zero(void*, index_t) override {}
+    void start(const cuda::Launch& launch, const cuda::Launches& all) override {
+        constexpr index_t kAlwaysThere = 48 * 1024;
+        if (!wrong.empty()) return;
+        if (launch.shared > std::max(kAlwaysThere, properties.shared_bytes)) wrong = "shared memory";
+        if (launch.grid < 1 || launch.grid > INT32_MAX) wrong = "blocks";
+        if (launch.threads < 32 || launch.threads > 1024 || launch.threads % 32 != 0) wrong = "threads";
+        if (all.count > static_cast<int>(std::size(all.list))) wrong = "launches";
+        if (!wrong.empty()) wrong += std::string(" of ") + cuda::name_of(launch.kernel);
+    }
+};
+
+void check_limits() {
+    const index_t huge = index_t{1} << 33;
+    const std::vector<std::vector<index_t>> shapes = {{1, huge},          {huge, 1, 3},   {5, 1, 1 << 20},
+                                                      {3, 1 << 22},       {70000, 70000}, {2, 8, 1 << 23},
+                                                      {64, 3, huge / 64}, {huge, 2},      {1000, 64, 1000, 1000}};
+    const std::vector<cuda::Device> devices = {
+        {1, 0, 0}, {1, 48 * 1024, index_t{1} << 40}, {16, 101376, 128 << 20}, {188, 101376, 128 << 20},
+        {132},     {108, 166912, 40 << 20}};
+    for (const std::vector<index_t>& shape : shapes) {
+        for (const Norm norm : {Norm::layer, Norm::rms, Norm::batch, Norm::instance, Norm::group}) {
+            for (const bool channels_last : {false, true}) {
+                for (const Dtype dtype : {Dtype::float64, Dtype::float32, Dtype::float16}) {
+                    View x;
+                    x.dtype = dtype;
+                    x.ndim = static_cast<int>(shape.size());
+                    x.data = reinterpret_cast<void*>(index_t{1} << 40);
+                    index_t stride = size_of(dtype);
+                    const auto push = [&](int d) {
+                        x.shape[d] = shape[static_cast<std::size_t>(d)];
+                        x.strides[d] = stride;
+                        stride *= x.shape[d];
+                    };
+                    if (channels_last) push(1);
+                    for (int d = x.ndim - 1; d >= (channels_last ? 2 : 1); --d) push(d);
+                    push(0);
+                    const Spec spec = spec_of(norm);
+                    index_t of_parameter[kMaxDims], of_statistics[kMaxDims];
+                    const int parameter_dims = parameter_shape(spec, x, of_parameter);
+                    if (parameter_dims < 0 || statistics_shape(spec, x, of_statistics) < 0) continue;
+                    const auto beside = [&](int i, Dtype of) {
+                        View v;
+                        v.dtype = of;
+                        v.ndim = parameter_dims;
+                        v.data = reinterpret_cast<void*>(index_t{i} << 50);
+                        index_t next = size_of(of);
+                        for (int d = parameter_dims - 1; d >= 0; --d) {
+                            v.shape[d] = of_parameter[d];
+                            v.strides[d] = next;
+                            next *= v.shape[d];
+                        }
+                        return v;
+                    };
+                    const auto like_x = [&](int i) {
+                        View v = x;
+                        v.data = reinterpret_cast<void*>(index_t{i} << 50);
+                        return v;
+                    };
+                    for (const cuda::Device& device : devices) {
+                        PlanningMachine machine;
+                        machine.properties = device;
+                        Forward f;
+                        f.x = x;
+                        f.y = like_x(1);
+                        f.weight = beside(2, Dtype::float32);
+                        if (has_mean(norm)) f.bias = beside(3, Dtype::float64);
+                        cuda::forward(spec, f, machine);
+                        Backward b;
+                        b.x = x;
+                        b.dy = like_x(1);
+                        b.dx = like_x(4);
+                        b.weight = f.weight;
+                        b.dweight = beside(5, Dtype::float32);
+                        if (has_mean(norm)) b.dbias = beside(6, Dtype::float32);
+                        b.mean = b.rstd = reinterpret_cast<const double*>(index_t{7} << 50);
+                        cuda::backward(spec, b, machine);
+                        if (machine.wrong.empty()) continue;
+                        std::printf("norm %d of %lldx%lld%s: too many %s\n", static_cast<int>(norm),
+                                    static_cast<long long>(shape[0]), static_cast<long long>(shape[1]),
+                                    channels_last ? ", channels last" : "", machine.wrong.c_str());
+                        ++failures;
+                    }
+                }
+            }
+        }
+    }
+}
+
 void check_division() {
     std::mt19937_64 random(5);
     for (int i = 0; i < 200000; ++i) {
@@ -703,6 +802,7 @@ void check_division() {
 int main(int argc, char** argv) {
     verbose = argc > 1 && std::strcmp(argv[1], "-v") == 0;
     check_division();
+    check_limits();
 
     const std::vector<int> nhwc = {0, 2, 3, 1};
     std::vector<Case> cases = {

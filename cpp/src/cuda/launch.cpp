@@ -321,7 +321,7 @@ class ForwardPlanner : Planner {
             out_.add(Kernel::rows_forward, limited(w_.sets), w_.warps * kWarp, parts);
             return true;
         }
-        if (!call_.y) return false;
+        if (!call_.y || parts > device_.shared_bytes) return false;
         const index_t held = leaves * (w_.leaf * size_);
         w_.reload = parts + held > device_.shared_bytes;
         if (w_.reload && !stays_in_l2(w_.set_size * size_)) return false;
