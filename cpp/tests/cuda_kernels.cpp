@@ -176,11 +176,15 @@ void fill(const Case& c, Inputs* a, Inputs* exact) {
     }
 }
 
+struct Wanted {
+    bool y = true, dx = true, gradients = true;
+};
+
 Results compute(const Case& c, Inputs& in, Dtype dtype, cuda::Device* device, index_t offset, index_t gap,
-                const Results* statistics) {
+                const Results* statistics, Wanted wanted = {}) {
     Results out;
-    out.y = Array(c.shape, dtype, c.order, offset, gap);
-    out.dx = Array(c.shape, dtype, c.order, offset, gap);
+    if (wanted.y) out.y = Array(c.shape, dtype, c.order, offset, gap);
+    if (wanted.dx) out.dx = Array(c.shape, dtype, c.order, offset, gap);
     index_t shape[kMaxDims], sets = 1;
     const int n = statistics_shape(c.spec, in.x.view, shape);
     for (int d = 0; d < n; ++d) sets *= shape[d];
@@ -219,7 +223,7 @@ Results compute(const Case& c, Inputs& in, Dtype dtype, cuda::Device* device, in
     b.rstd = s.rstd.data();
     b.weight = in.weight.view;
     b.dx = out.dx.view;
-    if (in.weight.view.given() || !parameter_shape_of(c, in.x.view).empty()) {
+    if (wanted.gradients && (in.weight.view.given() || !parameter_shape_of(c, in.x.view).empty())) {
         const std::vector<index_t> p = parameter_shape_of(c, in.x.view);
         const Dtype own = dtype == Dtype::float64 ? dtype : Dtype::float32;
         out.dweight = Array(p, own);
@@ -394,6 +398,11 @@ void check(const Case& c, bool thorough) {
     if (!thorough) return;
     same_bits(c, "read again", got, compute(c, in, c.dtype, &reload, c.offset, c.gap, &right));
     same_bits(c, "with many multiprocessors", got, compute(c, in, c.dtype, &many, c.offset, c.gap, &right));
+    for (cuda::Device* each : {&device, &split}) {
+        const Wanted sums{false, false, true}, no_gradients{true, true, false};
+        same_bits(c, "without y and dx", compute(c, in, c.dtype, each, c.offset, c.gap, &right, sums), got);
+        same_bits(c, "without gradients", compute(c, in, c.dtype, each, c.offset, c.gap, &right, no_gradients), got);
+    }
     if (c.offset == 0 && c.gap == 0) {
         const index_t off = size_of(c.dtype);
         Inputs apart = make_inputs(c, c.dtype, off, 0), unused = make_inputs(c, Dtype::float64, 0, 0);
@@ -506,6 +515,26 @@ void check_running() {
     f.rstd = rstd.data();
     if (!cuda::forward(c.spec, f, machine) || !std::isnan(mean[2]) || !std::isnan(rstd[0])) {
         std::printf("empty x\n");
+        ++failures;
+    }
+    Case none{"no samples", spec_of(Norm::batch), {0, 3}};
+    Inputs of_none = make_inputs(none, none.dtype, 0, 0);
+    Array dweight({3}, Dtype::float32), dbias({3}, Dtype::float64);
+    for (index_t i = 0; i < 3; ++i) {
+        dweight.set(i, 1);
+        dbias.set(i, 1);
+    }
+    Backward b;
+    b.x = of_none.x.view;
+    b.dy = of_none.dy.view;
+    b.mean = mean.data();
+    b.rstd = rstd.data();
+    b.dweight = dweight.view;
+    b.dbias = dbias.view;
+    bool zero = cuda::backward(none.spec, b, machine);
+    for (index_t i = 0; i < 3; ++i) zero = zero && dweight.get(i) == 0 && dbias.get(i) == 0;
+    if (!zero) {
+        std::printf("gradients of an empty x\n");
         ++failures;
     }
 }
