@@ -94,7 +94,6 @@ class Planner {
         pack.to = take<char>(pack.count * arithmetic_size_);
         p->data = static_cast<const char*>(pack.to);
         p->arithmetic = true;
-        (o == kBias ? packed_bias_ : packed_weight_) = true;
         out_.add(o == kBias ? Kernel::pack_bias : Kernel::pack_weight, limited(up(pack.count, kBlock)), kBlock);
     }
 
@@ -202,7 +201,7 @@ class Planner {
     const Dtype dtype_;
     index_t size_, arithmetic_size_, vector_;
     Nest kept_, inner_;
-    bool columns_ = false, packed_weight_ = false, packed_bias_ = false;
+    bool columns_ = false;
 
   private:
     static bool varies(const Axis& a, Operand o) { return a.extent > 1 && a.stride[o] != 0; }

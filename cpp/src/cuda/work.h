@@ -164,7 +164,7 @@ struct Fold {
     Dtype dweight_dtype, dbias_dtype;
 };
 
-// A parameter of neither x's dtype nor the type of arithmetic, or one that no vector access fits: to the latter.
+// A parameter of neither x's dtype nor the type of arithmetic: to the latter.
 struct Pack {
     struct Line {
         Division extent;
