@@ -112,7 +112,7 @@ class RowsForward {
         void begin(const ApplyTo<X>& tile) {
             tile_ = tile;
             kernels_can_ = to_write_beside(tile_, &left_);
-            left_.rows = 0;
+            left_.row = left_.rows = 0;
         }
         // n of its rows, from `first` on, whose statistics have come, and `scale` with them (null: none).
         void add(index_t first, index_t n, const T* scale) {
