@@ -286,9 +286,13 @@ class RowsBackward {
             const index_t lanes = extent - lane < lanes_per ? extent - lane : lanes_per;
             if (lanes <= 0) return;
             double own[2 * kLeafLanes];
-            double* sum_g = call_.parameters ? &sums[2 * block * grid.width() + lane] : nullptr;
-            if (single) sum_g = own;
-            double* const sum_g_xhat = sum_g + (single ? kLeafLanes : grid.width());
+            double* sum_g = nullptr;
+            if (single) {
+                sum_g = own;
+            } else if (call_.parameters) {
+                sum_g = &sums[2 * block * grid.width() + lane];
+            }
+            double* const sum_g_xhat = sum_g ? sum_g + (single ? kLeafLanes : grid.width()) : nullptr;
             block_of_rows(grid, blocks.first(block), blocks.size(block), lane, lanes, one_reading, sum_g, sum_g_xhat);
             if (single) write_lanes(grid, 0, lane, lanes, sum_g, sum_g_xhat);
         });
