@@ -41,7 +41,7 @@ class RowsForward {
     struct Batch {
         Batch() {}
 
-        index_t first = 0, n = 0;
+        index_t n = 0;
         Offsets at;  // of the first
         union {      // not initialized: small calls would notice
             Moments moments[kSetsAtOnce];
@@ -179,7 +179,6 @@ class RowsForward {
     };
 
     void take(index_t first, index_t last, Batch* batch) const {
-        batch->first = first;
         batch->n = tiles_.take(first, last);
         batch->at = plan_.kept.offsets(first);
     }
@@ -285,7 +284,8 @@ class RowsForward {
             }
             Moments m = moments[set * leaves];
             for (index_t l = 1; l < leaves; ++l) m.merge(moments[set * leaves + l]);
-            finish(set, m, set, statistics);
+            const char* x = call_.x + plan_.kept.offset(kX, set);
+            statistics.put(set, finish_set<X>(call_, set_, x, plan_.center, m, statistic(set)));
         });
         if (!call_.y) return;
         const Tiles tiles(elements_, elements_per_piece(plan_, schedule_));
@@ -315,12 +315,6 @@ class RowsForward {
     }
 
     index_t statistic(index_t set) const { return plan_.kept.offset(kStatistic, set); }
-
-    // Statistics of a set from its moments: to the caller's arrays and, as number `slot`, to the kernels'.
-    void finish(index_t set, const Moments& m, index_t slot, SetStatistics<T>& statistics) const {
-        const char* x = call_.x + plan_.kept.offset(kX, set);
-        statistics.put(slot, finish_set<X>(call_, set_, x, plan_.center, m, statistic(set)));
-    }
 
     ApplyTo<X> tile_of(const Batch& batch, const SetTiles::Of& all, index_t i) const {
         const SetTiles::Of::Tile t = all[i];

@@ -44,7 +44,7 @@ class SetStatistics {
     // make vectors of the loops.
     void put(index_t first, index_t n, const double* mean, const double* rstd, index_t step) {
         double plain = step == 1;  // not bool: finish_sets
-        for (index_t i = 0; plain != 0 && i < n; ++i) plain = is_unscaled<T>(rstd[i]) ? plain : 0;
+        for (index_t i = 0; i < n; ++i) plain = is_unscaled<T>(rstd[i * step]) ? plain : 0;
         if (plain == 0) {
             for (index_t i = 0; i < n; ++i) put(first + i, Statistic{mean ? mean[i * step] : 0, 0, rstd[i * step]});
             return;
@@ -66,9 +66,6 @@ class SetStatistics {
     void put_sums(index_t set, double mean_g, double mean_g_xhat) {
         p_[4 * sets_ + set] = static_cast<T>(mean_g);
         p_[5 * sets_ + set] = static_cast<T>(mean_g_xhat);
-    }
-    void copy(index_t to, const SetStatistics& from, index_t set) {
-        for (index_t i = 0; i < kArrays; ++i) p_[i * sets_ + to] = from.p_[i * from.sets_ + set];
     }
 
     // For a tile that begins with `set`; `row` and `lane`: how the set number goes on; `sets`: how many sets it has.

@@ -75,8 +75,7 @@ Statistic finish_set(const ForwardCall& call, const Nest& axes, const char* x, b
 }
 
 // The same for n neighbouring sets, each of `count` elements and x_step bytes after the one before, to `statistics`
-// from number `slot` on. Compilers make vectors of the loops, which take a set that has to be looked at by itself
-// along.
+// from number `slot` on. Where all of them are plain, compilers make vectors of the loops.
 template <class X, class Statistics>
 void finish_sets(const ForwardCall& call, const Nest& axes, const char* x, index_t x_step, bool center, double count,
                  const double* mean, const double* M2, index_t n, index_t i, index_t step, Statistics& statistics,
@@ -89,11 +88,14 @@ void finish_sets(const ForwardCall& call, const Nest& axes, const char* x, index
         return;
     }
     double rstd[kSetsAtOnce];
-    double plain = kDtype<X> != Dtype::float64;  // of the type of the rest: for a bool GCC 12 makes no vectors
-    for (index_t k = 0; plain != 0 && k < n; ++k) {
+    constexpr bool kMayBePlain = kDtype<X> != Dtype::float64;
+    const double eps = call.eps;
+    double plain =
+        kMayBePlain;  // of the type of the rest: for a bool, or with an end before n, GCC 12 makes no vectors
+    for (index_t k = 0; kMayBePlain && k < n; ++k) {
         const Moments m{count, mean[k], M2[k]};
-        rstd[k] = rstd_of(m, call.eps);
-        plain = is_doubtful<Compute<X>>(m, call.eps) ? 0 : plain;
+        rstd[k] = rstd_of(m, eps);
+        plain = is_doubtful<Compute<X>>(m, eps) ? 0 : plain;
     }
     if (plain == 0) {
         for (index_t k = 0; k < n; ++k) {
