@@ -465,6 +465,60 @@ NK_INLINE void apply_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, ind
     });
 }
 
+// Whether rows follow each other in memory without a gap, and are neither whole vectors nor so long that their ends do
+// not count: they are then written as one run, and no vector is part-filled but the last.
+template <class X>
+NK_INLINE bool joins(In x, Out y, index_t rows, index_t lanes) {
+    constexpr index_t kLong = 256;
+    return rows > 1 && x.row == bytes<X>(lanes) && y.row == x.row && lanes >= kWidth<X> && lanes < kLong &&
+           lanes % kWidth<X> != 0;
+}
+
+// Writes such rows. terms_of(r): an array of the N vectors that the formula has for all lanes of row r. write(terms,
+// element, n): n elements from that one on, counted through all rows. A vector meets two rows at most.
+template <class X, int N, class TermsOf, class Write>
+NK_INLINE void for_joined(index_t rows, index_t lanes, index_t head, TermsOf terms_of, Write write) {
+    Vec<X> row[N], next[N], both[N];
+    terms_of(0, row);
+    index_t at = 0, end = lanes;
+    if (head > 0) {
+        write(row, at, static_cast<int>(head));
+        at += head;
+    }
+    for (index_t r = 1; r < rows; ++r, end += lanes) {
+        for (; end - at >= kWidth<X>; at += kWidth<X>) write(row, at, kWidth<X>);
+        terms_of(r, next);
+        if (at < end) {
+#pragma GCC unroll 8
+            for (int i = 0; i < N; ++i) both[i] = join_at<Compute<X>>(row[i], next[i], static_cast<int>(end - at));
+            write(both, at, kWidth<X>);
+            at += kWidth<X>;
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) row[i] = next[i];
+    }
+    for (; end - at >= kWidth<X>; at += kWidth<X>) write(row, at, kWidth<X>);
+    if (at < end) write(row, at, static_cast<int>(end - at));
+}
+
+template <class X, bool Stream>
+NK_INLINE void apply_joined(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
+    using T = Compute<X>;
+    for_joined<X, 3>(
+        rows, lanes, Stream ? head_of<X>(y) : 0,
+        [&](index_t r, Vec<X>(&terms)[3]) NK_INLINE_LAMBDA {
+            const index_t k = r * s.row;
+            const T a = s.rstd[k] * value_at<T>(w.at(r));
+            terms[0] = splat<X>(s.hi[k]);
+            terms[1] = splat<X>(a);
+            terms[2] = splat<X>(bias_term<T>(a, s.lo[k], value_at<T>(b.at(r))));
+        },
+        [&](const Vec<X>(&terms)[3], index_t at, int n) NK_INLINE_LAMBDA {
+            const Vec<X> d = load_rest<X>(x.p + bytes<X>(at), n) - terms[0];
+            put<X, Stream>(y.p + bytes<X>(at), d * terms[1] + terms[2], n);
+        });
+}
+
 #if defined(__AVX512F__)
 constexpr int kRowsTogether = 4;
 #else
@@ -499,6 +553,16 @@ NK_INLINE void apply_along_rows(In x, Out y, In w, In b, Statistics<Compute<X>> 
 
 template <class X, bool WLane>
 void apply_along(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes, bool stream) {
+    if constexpr (!WLane) {
+        if (joins<X>(x, y, rows, lanes)) {
+            if (stream && can_stream<X>(y, rows * lanes)) {
+                apply_joined<X, true>(x, y, w, b, s, rows, lanes);
+            } else {
+                apply_joined<X, false>(x, y, w, b, s, rows, lanes);
+            }
+            return;
+        }
+    }
     if (stream && can_stream<X>(y, lanes)) {
         apply_along_rows<X, WLane, true>(x, y, w, b, s, rows, lanes);
     } else {
@@ -642,8 +706,39 @@ NK_INLINE void dx_along_rows(In dy, In x, In w, Out dx, Statistics<Compute<X>> s
     }
 }
 
+template <class X, bool Stream>
+NK_INLINE void dx_joined(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
+    using T = Compute<X>;
+    for_joined<X, 5>(
+        rows, lanes, Stream ? head_of<X>(dx) : 0,
+        [&](index_t r, Vec<X>(&terms)[5]) NK_INLINE_LAMBDA {
+            const index_t i = r * s.row;
+            const DxTerms<T> more = dx_terms<T>(s.lo[i], s.rstd[i], s.mean_g[i], s.mean_g_xhat[i]);
+            terms[0] = splat<X>(s.hi[i]);
+            terms[1] = splat<X>(s.rstd[i]);
+            terms[2] = splat<X>(s.rstd[i] * value_at<T>(w.at(r)));
+            terms[3] = splat<X>(more.e);
+            terms[4] = splat<X>(more.c);
+        },
+        [&](const Vec<X>(&terms)[5], index_t at, int n) NK_INLINE_LAMBDA {
+            const Vec<X> d = load_rest<X>(x.p + bytes<X>(at), n) - terms[0];
+            const Vec<X> dyv = load_rest<X>(dy.p + bytes<X>(at), n);
+            put<X, Stream>(dx.p + bytes<X>(at), (dyv * terms[2] - (d * terms[1]) * terms[3]) + terms[4], n);
+        });
+}
+
 template <class X, bool WLane>
 void dx_along(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes, bool stream) {
+    if constexpr (!WLane) {
+        if (dy.row == x.row && joins<X>(x, dx, rows, lanes)) {
+            if (stream && can_stream<X>(dx, rows * lanes)) {
+                dx_joined<X, true>(dy, x, w, dx, s, rows, lanes);
+            } else {
+                dx_joined<X, false>(dy, x, w, dx, s, rows, lanes);
+            }
+            return;
+        }
+    }
     if (stream && can_stream<X>(dx, lanes)) {
         dx_along_rows<X, WLane, true>(dy, x, w, dx, s, rows, lanes);
     } else {

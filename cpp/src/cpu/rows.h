@@ -111,11 +111,11 @@ class SetTiles {
   public:
     // bytes: of all arrays that are read, for one element of a set. near: sums are taken of all sets before they are
     // written, which should find them in L2.
-    SetTiles(const Plan& plan, const Nest& elements, index_t bytes, bool near)
+    SetTiles(const Plan& plan, const Nest& elements, index_t bytes, bool near, index_t most = kSetsAtOnce)
         : next(plan.kept.n > 0 ? plan.kept.inner() : Axis{}),
           elements_(elements),
           interleaved_(elements.n == 1 || is_inside(next, elements.axis[elements.n - 2])),
-          at_once_(number(plan, bytes, near)),
+          at_once_(std::min(most, number(plan, bytes, near))),
           tiles_(tiles_of(at_once_)) {}
 
     const Axis next;  // from a set to its neighbour
@@ -135,24 +135,22 @@ class SetTiles {
         return o;
     }
 
-    // The sets' runs as one row of lanes, if they lie side by side, short, and several times one behind the other
-    // (images of 7 x 7): what is the same for a run is then repeated for its lanes, once for all rows. 0: they don't.
-    template <class T>
-    index_t sets_in_row(unsigned operands) const {
-        if (!interleaved_ || elements_.n != 2) return 0;
+    // Whether the sets' runs are best taken for one row of lanes: they lie side by side, several times one behind the
+    // other, and are shorter than a vector (images of 3 x 3). What is the same for a run is then repeated for its
+    // lanes, once for all rows.
+    bool go_in_rows(unsigned operands) const {
+        if (!interleaved_ || elements_.n != 2) return false;
         const Axis &rows = elements_.axis[0], &run = elements_.inner();
-        if (rows.extent < kLeastRows || run.extent > kShortRun) return 0;
+        if (rows.extent < kLeastRows || run.extent >= kVectorOfRun) return false;
         for (int o = 0; o < kOperands; ++o) {
             if (!(operands >> o & 1)) continue;
             const bool data = o == kX || o == kY || o == kDy;
             if (data ? next.stride[o] != run.stride[o] * run.extent : rows.stride[o] != 0 || run.stride[o] != 0)
-                return 0;
+                return false;
         }
-        const index_t n = kRowLanes<T> / run.extent;
-        return n >= 16 ? n / 16 * 16 : n / 4 * 4;  // whole cache lines, whatever the run
+        return true;
     }
-    template <class T>
-    static constexpr index_t kRowLanes = 8192 / sizeof(T);
+    static constexpr index_t kVectorOfRun = 16;  // of any instruction set: kernels join longer runs
 
     // The rows of those lanes.
     Tiles rows_of_sets() const { return Tiles(elements_, 0); }
@@ -183,8 +181,10 @@ class SetTiles {
         index_t count() const { return count_; }
         Tile operator[](index_t i) const {
             const index_t set = all_.interleaved_ ? 0 : i / per_;
-            const Tiles::Tile tile = tiles()[i - set * per_];
-            return {all_.neighbour(set), tile, set + tile.at[kSet], index_t{all_.interleaved_}};
+            // Made in place: a copy would wait for the stores of its parts.
+            Tile t{all_.neighbour(set), tiles()[i - set * per_], set, index_t{all_.interleaved_}};
+            t.set += t.tile.at[kSet];
+            return t;
         }
 
       private:
@@ -208,9 +208,9 @@ class SetTiles {
             const bool narrow = most * run < kLeastWidth;
             const index_t wanted = !near || narrow || rows < most ? rows : most;
             if (wanted > n) n = wanted;
-            while (n & (n - 1)) n &= n - 1;  // as sets_in_row, for most runs
+            while (n & (n - 1)) n &= n - 1;  // whole cache lines, whatever the run
         }
-        return n < 1 ? 1 : n > kSetsAtOnce ? kSetsAtOnce : n;
+        return n < 1 ? 1 : n;
     }
 
     // The elements of n sets, if they are interleaved, or else of one, in the order of memory.
@@ -224,7 +224,7 @@ class SetTiles {
         return Tiles(all, 0);
     }
 
-    static constexpr index_t kLeastRows = 8, kShortRun = 256;
+    static constexpr index_t kLeastRows = 8;
     // Bytes of neighbouring runs that sets are worth which their second reading then finds in L2: with fewer, all the
     // neighbours go together, so that memory is read in order (docs/decisions/0002).
     static constexpr index_t kLeastWidth = 4096;
@@ -270,7 +270,7 @@ class Lanes {
     const SetTiles& tiles_;
     const index_t n_;
     int used_ = 0;
-    T lanes_[7][SetTiles::kRowLanes<T>];
+    T lanes_[7][kSetsAtOnce * SetTiles::kVectorOfRun];
 };
 
 }  // namespace normkit::cpu

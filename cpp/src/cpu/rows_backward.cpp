@@ -64,7 +64,7 @@ class RowsBackward {
           elements_(collapse(joined(plan.runs, plan.run), kBackwardOperands)),
           leaf_is_cell_(leaves_.count() == 1 && read_dy_.one_row() && read_x_.one_row()),
           tiles_(plan, elements_, 2 * sizeof(X), true),
-          sets_in_row_(sets_in_row()),
+          in_rows_(go_in_rows()),
           storage_(plan.sets * SetStatistics<T>::kArrays),
           statistics_(storage_.get(), plan.sets) {}
 
@@ -240,16 +240,16 @@ class RowsBackward {
         }
     }
 
-    index_t sets_in_row() const {
+    bool go_in_rows() const {
         const bool one_dtype = !call_.weight || call_.weight_dtype == kDtype<T>;
-        return one_dtype && wants_set_sums() ? tiles_.template sets_in_row<T>(kBackwardOperands & ~bit(kGradient)) : 0;
+        return one_dtype && wants_set_sums() && tiles_.go_in_rows(kBackwardOperands & ~bit(kGradient));
     }
 
     bool dx_in_rows(const Offsets& from, index_t first, index_t n_sets) const {
-        if (sets_in_row_ == 0 || statistics_.tile(first, 1, 0, n_sets).scale) return false;
+        if (!in_rows_ || statistics_.tile(first, 1, 0, n_sets).scale) return false;
         const Tiles rows = tiles_.rows_of_sets();
-        for (index_t i = 0; i < n_sets; i += sets_in_row_) {
-            const index_t n = std::min(sets_in_row_, n_sets - i), lanes = n * rows.lanes.extent;
+        for (index_t i = 0; i < n_sets; i += kSetsAtOnce) {
+            const index_t n = std::min(kSetsAtOnce, n_sets - i), lanes = n * rows.lanes.extent;
             const Offsets at = from + tiles_.neighbour(i);
             Lanes<T> l(tiles_, statistics_.tile(first + i, 1, 0, n), n, true);
             backward(k_, operand(call_.dy, call_.dtype, at, rows, kDy), operand(call_.x, call_.dtype, at, rows, kX),
@@ -461,7 +461,7 @@ class RowsBackward {
     const Nest elements_;
     const bool leaf_is_cell_;
     const SetTiles tiles_;
-    const index_t sets_in_row_;  // 0: dx of none is written so
+    const bool in_rows_;  // as which dx of neighbouring sets is written
     const Buffer<T> storage_;
     SetStatistics<T> statistics_;
 };

@@ -6,6 +6,9 @@ namespace normkit::cpu {
 namespace {
 
 constexpr index_t kLeavesAtOnce = 32;
+// Given statistics: sets whose elements are written in the order of memory, however many times apart. Time with 64 over
+// time with 512, batch norm 32 x 2048 x 7^2: 2.2, 32 x 1024 x 14^2: 1.2 (one thread of a Zen 4).
+constexpr index_t kGivenAtOnce = 512;
 constexpr unsigned kForwardOperands = bit(kX) | bit(kY) | bit(kWeight) | bit(kBias);
 
 template <class X>
@@ -23,8 +26,8 @@ class RowsForward {
           set_(joined(plan.runs, plan.run)),
           elements_(collapse(set_, kForwardOperands)),
           leaf_is_set_(leaves_.count() == 1 && read_x_.one_row()),
-          tiles_(plan, elements_, sizeof(X), !call.given),
-          sets_in_row_(sets_in_row()) {}
+          tiles_(plan, elements_, sizeof(X), !call.given, call.given ? kGivenAtOnce : kSetsAtOnce),
+          in_rows_(go_in_rows()) {}
 
     void run() {
         if (schedule_.resident && !schedule_.split) {
@@ -46,8 +49,8 @@ class RowsForward {
         union {      // not initialized: small calls would notice
             Moments moments[kSetsAtOnce];
         };
-        T storage[SetStatistics<T>::kArrays * kSetsAtOnce];
-        SetStatistics<T> statistics{storage, kSetsAtOnce};
+        T storage[SetStatistics<T>::kArrays * kGivenAtOnce];
+        SetStatistics<T> statistics{storage, kGivenAtOnce};
     };
 
     void whole_sets(index_t first, index_t last) const {
@@ -142,7 +145,7 @@ class RowsForward {
 
         // The batch must stay where it is.
         void begin(const Batch& batch) {
-            if (batch.n > 1 && walk_.sets_in_row_ > 0) {
+            if (batch.n > 1 && walk_.in_rows_) {
                 walk_.write(batch);
                 return;
             }
@@ -225,17 +228,17 @@ class RowsForward {
         for (index_t i = 0; i < all.count(); ++i) apply(k_, tile_of(batch, all, i));
     }
 
-    index_t sets_in_row() const {
+    bool go_in_rows() const {
         const bool one_dtype =
             (!call_.weight || call_.weight_dtype == kDtype<T>) && (!call_.bias || call_.bias_dtype == kDtype<T>);
-        return one_dtype ? tiles_.template sets_in_row<T>(kForwardOperands) : 0;
+        return one_dtype && tiles_.go_in_rows(kForwardOperands);
     }
 
     bool write_in_rows(const Batch& batch) const {
-        if (sets_in_row_ == 0 || batch.statistics.tile(0, 1, 0, batch.n).scale) return false;
+        if (!in_rows_ || batch.statistics.tile(0, 1, 0, batch.n).scale) return false;
         const Tiles rows = tiles_.rows_of_sets();
-        for (index_t i = 0; i < batch.n; i += sets_in_row_) {
-            const index_t n = std::min(sets_in_row_, batch.n - i), lanes = n * rows.lanes.extent;
+        for (index_t i = 0; i < batch.n; i += kSetsAtOnce) {
+            const index_t n = std::min(kSetsAtOnce, batch.n - i), lanes = n * rows.lanes.extent;
             const Offsets at = batch.at + tiles_.neighbour(i);
             Lanes<T> l(tiles_, batch.statistics.tile(i, 1, 0, n), n, false);
             apply(k_, {operand(call_.x, call_.dtype, at, rows, kX), operand(call_.y, call_.dtype, at, rows, kY),
@@ -343,7 +346,7 @@ class RowsForward {
     const Nest set_, elements_;
     const bool leaf_is_set_;  // every set is one row and one leaf
     const SetTiles tiles_;
-    const index_t sets_in_row_;  // 0: none are written so
+    const bool in_rows_;  // as which neighbouring sets are written
 };
 
 }  // namespace

@@ -78,9 +78,15 @@ class SetStatistics {
         s.mean_g_xhat = p_ + 5 * sets_ + set;
         s.row = row;
         s.lane = lane;
-        for (index_t i = 0; i < sets; ++i) {
-            if (scale()[set + i * (row + lane)] != 1) s.scale = scale() + set;
+        const T* const p = scale() + set;
+        const index_t step = row + lane;
+        int scaled = 0;  // not bool: compilers make a vector of the sum, and there are many tiles of many sets
+        if (step == 1) {
+            for (index_t i = 0; i < sets; ++i) scaled += p[i] != 1;
+        } else {
+            for (index_t i = 0; i < sets; ++i) scaled += p[i * step] != 1;
         }
+        if (scaled) s.scale = p;
         return s;
     }
 

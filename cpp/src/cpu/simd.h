@@ -105,8 +105,7 @@ NK_INLINE Vec<X> decoded(Raw<X> raw) {
 
 #if defined(__AVX512BW__)
 NK_INLINE __m512i upper_halves() {
-    return _mm512_castsi256_si512(
-        _mm256_setr_epi16(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+    return _mm512_castsi256_si512(_mm256_setr_epi16(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
 }
 #endif
 
@@ -114,8 +113,8 @@ NK_INLINE __m512i upper_halves() {
 template <class X>
 NK_INLINE Raw<X> encoded(Vec<X> v) {
     if constexpr (std::is_same_v<X, normkit::bfloat16>) {
-        // Half a unit less one is added below the last bit that is kept, and one more where that bit is odd. Not to a NaN:
-        // that would carry into the sign. Its upper half is a NaN as well, since it is quiet or was decoded.
+        // Half a unit less one is added below the last bit that is kept, and one more where that bit is odd. Not to a
+        // NaN: that would carry into the sign. Its upper half is a NaN as well, since it is quiet or was decoded.
         const Bits bits = (Bits)v;
 #if defined(__AVX512BW__)
         const __m512i half = _mm512_mask_blend_epi32(_mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(0x10000)),
@@ -312,13 +311,19 @@ struct IndexOf<double> {
     using type = std::int64_t;
 };
 
-// Selects, and never multiplies: what lies in the lanes from n on may be NaN.
+// The first n lanes of `a`, the others of `b`.
 template <class T>
-NK_INLINE Vec<T> keep_first(Vec<T> v, int n) {
+NK_INLINE Vec<T> join_at(Vec<T> a, Vec<T> b, int n) {
     using Index = typename IndexOf<T>::type;
     typename VectorOf<Index>::type lane;
     for (int i = 0; i < kWidth<T>; ++i) lane[i] = i;
-    return lane < Index{n} ? v : Vec<T>{};
+    return lane < Index{n} ? a : b;
+}
+
+// Selects, and never multiplies: what lies in the lanes from n on may be NaN.
+template <class T>
+NK_INLINE Vec<T> keep_first(Vec<T> v, int n) {
+    return join_at<T>(v, Vec<T>{}, n);
 }
 
 template <class T, int N>
