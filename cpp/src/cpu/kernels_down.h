@@ -334,6 +334,11 @@ NK_INLINE bool in_registers(Bundle b, F f) {
     return true;
 }
 
+// Bytes ahead that are asked for to L2 where arrays come from memory and rows follow each other. Time with it over time
+// without, one thread of a Zen 4: dx of batch norm 32 x 2048 x 7^2 0.72, 32 x 1024 x 14^2 0.82, of group norm 2 x 960 x
+// 64^2 0.79, of 64 to 256 channels 0.98 to 1.02; where arrays are in a cache 1.03 to 1.1.
+constexpr index_t kAheadOfTerms = 8192;
+
 // Row by row, so that memory sees one stream of each operand.
 template <class X, bool Stream>
 void apply_terms(In x, Out y, const Terms<X, 3>& terms, Bundle b, index_t rows) {
@@ -360,10 +365,10 @@ void apply_terms(In x, Out y, const Terms<X, 3>& terms, Bundle b, index_t rows) 
     // of the time of batch norm 32 x 1024 x 14^2 in evaluation; nothing or less in a backward pass, which reads two).
     const bool apart = x.row != bytes<X>(lanes);
     for (; r < rows; r += b.rows) {
-        const char *px = x.at(r), *ahead = apart ? x.at(r + b.rows) : px;
+        const char *px = x.at(r), *ahead = apart ? x.at(r + b.rows) : px + kAheadOfTerms;
         char* py = y.at(r);
         for_row<X>(rows - r < b.rows ? (rows - r) * lanes : b.lanes, b.head, [=](index_t l, int n) NK_INLINE_LAMBDA {
-            prefetch_far(ahead + bytes<X>(l));
+            if (Stream || apart) prefetch_far(ahead + bytes<X>(l));
             const Vec<X> d = load_rest<X>(px + bytes<X>(l), n) - load_term<X>(hi + l, n);
             put<X, Stream>(py + bytes<X>(l), d * load_term<X>(a + l, n) + load_term<X>(c + l, n), n);
         });
@@ -541,6 +546,10 @@ void dx_terms_down(In dy, In x, Out dx, const Terms<X, 5>& terms, Bundle b, inde
         char* pdx = dx.at(r);
         for_row<X>(rows - r < b.rows ? (rows - r) * lanes : b.lanes, b.head, [=](index_t l, int n) NK_INLINE_LAMBDA {
             const index_t o = bytes<X>(l);
+            if constexpr (Stream) {
+                prefetch_far(pdy + o + kAheadOfTerms);
+                prefetch_far(px + o + kAheadOfTerms);
+            }
             put<X, Stream>(pdx + o,
                            dx_of<Vec<X>>(load_rest<X>(pdy + o, n), load_rest<X>(px + o, n) - load_term<X>(hi + l, n),
                                          load_term<X>(rstd + l, n), load_term<X>(a + l, n), load_term<X>(e + l, n),
