@@ -114,13 +114,14 @@ struct MeanBlock {
     const char* p = nullptr;
     Vec<double> sum[K * W] = {};
     double total = 0;
+    Adder<double> plus;
 
     NK_INLINE void row(index_t r) { p = x.at(r); }
     NK_INLINE bool asks() const { return far_apart(x); }
     NK_INLINE void ask_ahead(index_t at) { ask_for_turn<X>(p, at); }
     NK_INLINE void add(int i, Widened<Compute<X>> wide) {
 #pragma GCC unroll 2
-        for (int j = 0; j < W; ++j) sum[i * W + j] += wide.v[j];
+        for (int j = 0; j < W; ++j) sum[i * W + j] = plus(sum[i * W + j], wide.v[j]);
     }
     NK_INLINE void full(index_t at) {
 #pragma GCC unroll 16
@@ -147,7 +148,7 @@ struct MeanBlock {
     NK_INLINE void flush() { total += sum_by_halves<double, K * W>(sum); }
 };
 
-// The sum of (x - pilot)^2. FirstReading: of a leaf.
+// The sum of (x - pilot)^2. FirstReading: of a leaf; nobody knows its mean then, and the pilot is 0.
 template <class X, bool FirstReading>
 struct SquaresBlock {
     static constexpr index_t kLanes = 2 * kStep;  // one sum has registers for more chains
@@ -159,6 +160,7 @@ struct SquaresBlock {
     const char* p = nullptr;
     Vec<X> sum[K] = {};
     double total = 0;
+    Adder<Compute<X>> plus;
 
     NK_INLINE void row(index_t r) { p = x.at(r); }
     NK_INLINE bool asks() const { return FirstReading && far_apart(x); }
@@ -168,8 +170,9 @@ struct SquaresBlock {
     NK_INLINE void full(index_t at) {
 #pragma GCC unroll 32
         for (int i = 0; i < K; ++i) {
-            const Vec<X> d = load<X>(p + bytes<X>(at + i * kWidth<X>)) - pilot;
-            sum[i] += d * d;
+            Vec<X> d = load<X>(p + bytes<X>(at + i * kWidth<X>));
+            if constexpr (!FirstReading) d -= pilot;
+            sum[i] = FirstReading ? sum[i] + d * d : plus.by_turns(i, sum[i], d * d);
         }
     }
     NK_INLINE void tail(index_t at, int n) {
@@ -235,14 +238,14 @@ NK_INLINE V M2_about_mean(V squares, V off, double count) {
 
 template <class X, class Beside>
 NK_INLINE double leaf_mean(In x, index_t rows, index_t lanes, double origin, Beside& beside) {
-    MeanBlock<X> sum{x, splat<double>(origin), {}, {}, 0};
+    MeanBlock<X> sum{x, splat<double>(origin), {}, {}, 0, {}};
     for_steps(rows, lanes, sum, beside);
     return sum.total / static_cast<double>(rows * lanes);
 }
 
 template <class X, bool FirstReading, class Beside>
 NK_INLINE double leaf_squares(In x, index_t rows, index_t lanes, Compute<X> pilot, Beside& beside) {
-    SquaresBlock<X, FirstReading> squares{x, splat<X>(pilot), {}, {}, 0};
+    SquaresBlock<X, FirstReading> squares{x, splat<X>(pilot), {}, {}, 0, {}};
     for_steps(rows, lanes, squares, beside);
     return squares.total;
 }
@@ -305,6 +308,7 @@ struct SumsBlock {
     const char *p_dy = nullptr, *p_x = nullptr, *p_w = nullptr;
     Vec<X> sum[K] = {}, sum_d[K] = {};
     double total = 0, total_d = 0;
+    Adder<T> plus;
 
     NK_INLINE void row(index_t r) {
         p_dy = dy.at(r);
@@ -322,7 +326,7 @@ struct SumsBlock {
         for (int i = 0; i < K; ++i) {
             const index_t lane = at + i * kWidth<X>;
             const Vec<X> g = load<X>(p_dy + bytes<X>(lane)) * (WLane ? load<T>(p_w + bytes<T>(lane)) : w_row);
-            sum[i] += g;
+            sum[i] = plus.by_turns(i, sum[i], g);
             sum_d[i] += g * (load<X>(p_x + bytes<X>(lane)) - hi);
         }
     }
@@ -355,7 +359,7 @@ NK_INLINE V xhat_sum(V g, V g_d, V lo, V rstd) {
 template <class X, bool WLane, class Beside>
 NK_INLINE Sums sums_of_leaf(In dy, In x, In w, const Statistics<Compute<X>>& s, index_t k, index_t rows, index_t lanes,
                             Beside& beside) {
-    SumsBlock<X, WLane> block{dy, x, w, splat<X>(s.hi[k]), {}, {}, {}, {}, {}, {}, 0, 0};
+    SumsBlock<X, WLane> block{dy, x, w, splat<X>(s.hi[k]), {}, {}, {}, {}, {}, {}, 0, 0, {}};
     for_steps(rows, lanes, block, beside);
     return {block.total, xhat_sum<double>(block.total, block.total_d, s.lo[k], s.rstd[k])};
 }

@@ -107,6 +107,7 @@ NK_INLINE void leaf_down(In x, const Compute<X>* origin, index_t rows, int n, do
     if constexpr (Center && !kLoose) {
         Vec<X> from[V] = {};
         if constexpr (kAboutOrigin<X>) load_lanes<X, V>(from, origin, n);
+        const Adder<double> plus;
         for (index_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
             for (int i = 0; i < V; ++i) {
@@ -118,7 +119,7 @@ NK_INLINE void leaf_down(In x, const Compute<X>* origin, index_t rows, int n, do
                 } else {
                     const Widened<T> wide = V > 1 ? load_widened<X>(x.at(r) + i * kMemoryBytes<X>) : widened<T>(v);
 #pragma GCC unroll 2
-                    for (int j = 0; j < W; ++j) means[i].v[j] += wide.v[j];
+                    for (int j = 0; j < W; ++j) means[i].v[j] = plus(means[i].v[j], wide.v[j]);
                 }
             }
         }
@@ -438,6 +439,7 @@ NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<Compute
     using T = Compute<X>;
     Vec<X> hi[V] = {}, lo[V] = {}, rstd[V] = {}, a[V] = {}, e[V] = {}, c[V] = {}, wv[V];
     Vec<X> sum[V] = {}, sum_xhat[V] = {};  // statistics one a lane: of g * (x - hi)
+    const Adder<T> plus;
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) wv[i] = load_parameter<X, WLane, V>(w, 0, i, n);
     if constexpr (SLane) {
@@ -489,7 +491,7 @@ NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<Compute
                 put<X, Stream>(dx.at(r) + i * kMemoryBytes<X>, dx_of<Vec<X>>(dyv, d, rstd[i], a[i], e[i], c[i]), n);
             if constexpr (Sum) {
                 const Vec<X> term = Dx ? dyv : dyv * wv[i];
-                sum[i] += term;
+                sum[i] = Dx ? sum[i] + term : plus.by_turns(i, sum[i], term);
                 sum_xhat[i] += term * (SLane ? d : (kLoose ? d : d - lo[i]) * rstd[i]);
             }
         }
