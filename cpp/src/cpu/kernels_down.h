@@ -253,13 +253,22 @@ NK_INLINE bool can_stream_down(Out y) {
     return reinterpret_cast<std::uintptr_t>(y.p) % sizeof(X) == 0 && y.row % kMemoryBytes<X> == 0;
 }
 
-// What is one a lane in the formula, N arrays of it; five leave room in L1 for what goes by.
-template <class X>
-constexpr index_t kTermLanes = 4096 / static_cast<index_t>(sizeof(Compute<X>));
+// What is one a lane in the formula, N arrays of it, so short that together they leave room in L1 for what goes by.
+template <class X, int N>
+constexpr index_t kTermLanes = 20480 / N / 256 * 256 / static_cast<index_t>(sizeof(Compute<X>));
 template <class X, int N>
 struct Terms {
-    alignas(64) Compute<X> of[N][kTermLanes<X> + kWidth<X>];
+    alignas(64) Compute<X> of[N][kTermLanes<X, N> + kWidth<X>];
 };
+
+// Lanes that go together where a row has more than there is room for: even parts of whole cache lines.
+template <class X, int N>
+NK_INLINE index_t term_lanes(index_t lanes) {
+    constexpr index_t most = kTermLanes<X, N>, line = 64;
+    if (lanes <= most) return lanes;
+    const index_t parts = (lanes + most - 1) / most;
+    return ((lanes + parts - 1) / parts + line - 1) / line * line;
+}
 
 template <class X>
 NK_INLINE Vec<X> load_term(const Compute<X>* p, int n) {
@@ -287,6 +296,8 @@ NK_INLINE void for_row(index_t lanes, index_t head, F f) {
 struct Bundle {
     index_t rows, lanes, head;
 };
+template <class X>
+constexpr index_t kBundleLanes = kTermLanes<X, 5>;
 template <class X, bool Stream>
 NK_INLINE Bundle bundle_of(Out y, index_t rows, index_t lanes, bool without_gap) {
     constexpr index_t width = kWidth<X>, few = kChunk * width;
@@ -294,7 +305,7 @@ NK_INLINE Bundle bundle_of(Out y, index_t rows, index_t lanes, bool without_gap)
     if (without_gap && (lanes % width != 0 || lanes < few)) {
         index_t whole = 1;  // rows that fill whole vectors
         while (whole * lanes % width != 0) whole *= 2;
-        n = (whole * lanes <= few ? few : kTermLanes<X>) / lanes;
+        n = (whole * lanes <= few ? few : kBundleLanes<X>) / lanes;
         if (n > rows) n = rows;
         if (n > whole) n -= n % whole;
         if (n < 1) n = 1;
@@ -376,7 +387,7 @@ void apply_terms(In x, Out y, const Terms<X, 3>& terms, Bundle b, index_t rows) 
     }
 }
 
-// w and b are the same for all rows; at most kTermLanes lanes.
+// w and b are the same for all rows; at most term_lanes of them.
 template <class X, bool WLane, bool Stream>
 NK_INLINE void apply_down_along(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     using T = Compute<X>;
@@ -395,14 +406,20 @@ NK_INLINE void apply_down_along(In x, Out y, In w, In b, Statistics<Compute<X>> 
     apply_terms<X, Stream>(x, y, terms, bundle, rows);
 }
 
+// Rows of more lanes than there is room for go so many at a time, so that memory is written in order.
+constexpr index_t kWideRows = 32;
+
 template <class X, bool WLane, bool Stream>
 NK_INLINE void apply_down_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     if (w.row == 0 && b.row == 0) {
-        for (index_t l = 0; l < lanes; l += kTermLanes<X>) {
-            const index_t o = bytes<X>(l), ow = WLane ? bytes<Compute<X>>(l) : 0;
-            apply_down_along<X, WLane, Stream>(shifted(x, 0, o), shifted(y, 0, o), shifted(w, 0, ow), shifted(b, 0, ow),
-                                               shifted(s, l), rows,
-                                               lanes - l < kTermLanes<X> ? lanes - l : kTermLanes<X>);
+        const index_t per = term_lanes<X, 3>(lanes), at_once = per < lanes ? kWideRows : rows;
+        for (index_t r = 0; r < rows; r += at_once) {
+            for (index_t l = 0; l < lanes; l += per) {
+                const index_t o = bytes<X>(l), ow = WLane ? bytes<Compute<X>>(l) : 0;
+                apply_down_along<X, WLane, Stream>(
+                    shifted(x, r, o), shifted(y, r, o), shifted(w, 0, ow), shifted(b, 0, ow), shifted(s, l),
+                    rows - r < at_once ? rows - r : at_once, lanes - l < per ? lanes - l : per);
+            }
         }
         return;
     }
@@ -561,7 +578,7 @@ void dx_terms_down(In dy, In x, Out dx, const Terms<X, 5>& terms, Bundle b, inde
     }
 }
 
-// w is the same for all rows; at most kTermLanes lanes.
+// w is the same for all rows; at most term_lanes of them.
 template <class X, bool WLane, bool Stream>
 NK_INLINE void dx_down_along(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     using T = Compute<X>;
@@ -589,12 +606,12 @@ NK_INLINE void backward_down_rows(In dy, In x, In w, Out dx, Statistics<Compute<
                                   double* sum_g, double* sum_g_xhat) {
     if constexpr (SLane && Dx && !Sum) {
         if (w.row == 0) {
-            for (index_t lane = 0; lane < lanes; lane += kTermLanes<X>) {
+            const index_t per = term_lanes<X, 5>(lanes);
+            for (index_t lane = 0; lane < lanes; lane += per) {
                 const index_t o = bytes<X>(lane);
                 dx_down_along<X, WLane, Stream>(shifted(dy, 0, o), shifted(x, 0, o),
                                                 shifted(w, 0, WLane ? bytes<Compute<X>>(lane) : 0), shifted(dx, 0, o),
-                                                shifted(s, lane), rows,
-                                                lanes - lane < kTermLanes<X> ? lanes - lane : kTermLanes<X>);
+                                                shifted(s, lane), rows, lanes - lane < per ? lanes - lane : per);
             }
             return;
         }

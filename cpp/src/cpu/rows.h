@@ -136,24 +136,44 @@ class SetTiles {
     }
 
     // Whether the sets' runs are best taken for one row of lanes: they lie side by side, several times one behind the
-    // other, and are shorter than a vector (images of 3 x 3). What is the same for a run is then repeated for its
-    // lanes, once for all rows.
-    bool go_in_rows(unsigned operands) const {
+    // other, and either they are shorter than a vector (images of 3 x 3) or each of their elements has parameters of
+    // its own (group norm in NHWC). What is the same for a lane of all rows is then worked out once.
+    bool go_in_rows(unsigned data, unsigned parameters) const {
         if (!interleaved_ || elements_.n != 2) return false;
         const Axis &rows = elements_.axis[0], &run = elements_.inner();
-        if (rows.extent < kLeastRows || run.extent >= kVectorOfRun) return false;
+        if (rows.extent < kLeastRows || run.extent > kRowLanes / 2) return false;
+        bool own = false;
         for (int o = 0; o < kOperands; ++o) {
-            if (!(operands >> o & 1)) continue;
-            const bool data = o == kX || o == kY || o == kDy;
-            if (data ? next.stride[o] != run.stride[o] * run.extent : rows.stride[o] != 0 || run.stride[o] != 0)
-                return false;
+            const bool side_by_side = next.stride[o] == run.stride[o] * run.extent;
+            if (data >> o & 1 && !side_by_side) return false;
+            if (parameters >> o & 1 && run.stride[o] != 0) own = true;
+            if (parameters >> o & 1 && (rows.stride[o] != 0 || (run.stride[o] != 0 && !side_by_side))) return false;
         }
-        return true;
+        return own || run.extent < kVectorOfRun;
     }
     static constexpr index_t kVectorOfRun = 16;  // of any instruction set: kernels join longer runs
+    static constexpr index_t kRowLanes = 2048;
+    // f(rows, at, first, n) for the rows of n_sets sets that begin at `from`: tiles whose lanes are those of n sets,
+    // from number `first` on. Where not all sets fit in one row, the rows go a few at a time, so that memory is written
+    // in order.
+    template <class F>
+    void for_rows(index_t n_sets, const Offsets& from, F f) const {
+        const index_t most = std::min(kSetsAtOnce, kRowLanes / elements_.inner().extent);
+        const index_t pieces = (n_sets + most - 1) / most, per = (n_sets + pieces - 1) / pieces;
+        Tiles rows(elements_, 0);
+        const index_t extent = rows.rows.extent, at_once = pieces > 1 ? kRowsOfPieces : extent;
+        for (index_t r = 0; r < extent; r += at_once) {
+            rows.rows.extent = std::min(at_once, extent - r);
+            for (index_t first = 0; first < n_sets; first += per) {
+                Offsets at = from + neighbour(first);
+                for (int o = 0; o < kOperands; ++o) at.at[o] += r * rows.rows.stride[o];
+                f(rows, at, first, std::min(per, n_sets - first));
+            }
+        }
+    }
 
-    // The rows of those lanes.
-    Tiles rows_of_sets() const { return Tiles(elements_, 0); }
+    // Of a set.
+    const Nest& elements() const { return elements_; }
 
     // `v`, one a set, for the lanes of n sets.
     template <class T>
@@ -224,7 +244,7 @@ class SetTiles {
         return Tiles(all, 0);
     }
 
-    static constexpr index_t kLeastRows = 8;
+    static constexpr index_t kLeastRows = 8, kRowsOfPieces = 64;
     // Bytes of neighbouring runs that sets are worth which their second reading then finds in L2: with fewer, all the
     // neighbours go together, so that memory is read in order (docs/decisions/0002).
     static constexpr index_t kLeastWidth = 4096;
@@ -253,6 +273,7 @@ class Lanes {
     // Of elements T.
     Strided parameter(const char* base, const Offsets& at, Operand o, Strided absent) {
         if (!base) return absent;
+        if (const index_t lane = tiles_.elements().inner().stride[o]) return {base + at[o], 0, lane, kDtype<T>};
         T of_sets[kSetsAtOnce];
         for (index_t i = 0; i < n_; ++i) of_sets[i] = read<T>(base + at[o] + i * tiles_.next.stride[o]);
         return {reinterpret_cast<const char*>(repeated(of_sets)), 0, sizeof(T), kDtype<T>};
@@ -270,7 +291,7 @@ class Lanes {
     const SetTiles& tiles_;
     const index_t n_;
     int used_ = 0;
-    T lanes_[7][kSetsAtOnce * SetTiles::kVectorOfRun];
+    T lanes_[7][SetTiles::kRowLanes];
 };
 
 }  // namespace normkit::cpu

@@ -242,20 +242,17 @@ class RowsBackward {
 
     bool go_in_rows() const {
         const bool one_dtype = !call_.weight || call_.weight_dtype == kDtype<T>;
-        return one_dtype && wants_set_sums() && tiles_.go_in_rows(kBackwardOperands & ~bit(kGradient));
+        return one_dtype && wants_set_sums() && tiles_.go_in_rows(bit(kX) | bit(kY) | bit(kDy), bit(kWeight));
     }
 
     bool dx_in_rows(const Offsets& from, index_t first, index_t n_sets) const {
         if (!in_rows_ || statistics_.tile(first, 1, 0, n_sets).scale) return false;
-        const Tiles rows = tiles_.rows_of_sets();
-        for (index_t i = 0; i < n_sets; i += kSetsAtOnce) {
-            const index_t n = std::min(kSetsAtOnce, n_sets - i), lanes = n * rows.lanes.extent;
-            const Offsets at = from + tiles_.neighbour(i);
+        tiles_.for_rows(n_sets, from, [&](const Tiles& rows, const Offsets& at, index_t i, index_t n) {
             Lanes<T> l(tiles_, statistics_.tile(first + i, 1, 0, n), n, true);
             backward(k_, operand(call_.dy, call_.dtype, at, rows, kDy), operand(call_.x, call_.dtype, at, rows, kX),
                      l.parameter(call_.weight, at, kWeight, one<T>()), operand(call_.dx, call_.dtype, at, rows, kY),
-                     l.statistics, rows.rows.extent, lanes, nullptr, nullptr, schedule_.stream);
-        }
+                     l.statistics, rows.rows.extent, n * rows.lanes.extent, nullptr, nullptr, schedule_.stream);
+        });
         return true;
     }
 

@@ -231,20 +231,17 @@ class RowsForward {
     bool go_in_rows() const {
         const bool one_dtype =
             (!call_.weight || call_.weight_dtype == kDtype<T>) && (!call_.bias || call_.bias_dtype == kDtype<T>);
-        return one_dtype && tiles_.go_in_rows(kForwardOperands);
+        return one_dtype && tiles_.go_in_rows(bit(kX) | bit(kY), bit(kWeight) | bit(kBias));
     }
 
     bool write_in_rows(const Batch& batch) const {
         if (!in_rows_ || batch.statistics.tile(0, 1, 0, batch.n).scale) return false;
-        const Tiles rows = tiles_.rows_of_sets();
-        for (index_t i = 0; i < batch.n; i += kSetsAtOnce) {
-            const index_t n = std::min(kSetsAtOnce, batch.n - i), lanes = n * rows.lanes.extent;
-            const Offsets at = batch.at + tiles_.neighbour(i);
-            Lanes<T> l(tiles_, batch.statistics.tile(i, 1, 0, n), n, false);
+        tiles_.for_rows(batch.n, batch.at, [&](const Tiles& rows, const Offsets& at, index_t first, index_t n) {
+            Lanes<T> l(tiles_, batch.statistics.tile(first, 1, 0, n), n, false);
             apply(k_, {operand(call_.x, call_.dtype, at, rows, kX), operand(call_.y, call_.dtype, at, rows, kY),
                        l.parameter(call_.weight, at, kWeight, one<T>()), l.parameter(call_.bias, at, kBias, zero<T>()),
-                       l.statistics, rows.rows.extent, lanes, schedule_.stream});
-        }
+                       l.statistics, rows.rows.extent, n * rows.lanes.extent, schedule_.stream});
+        });
         return true;
     }
 
