@@ -656,7 +656,8 @@ class BenchdnnRun(Run):
         self.path, self.arguments, self.environment = path, arguments, environment
 
     def output(self, *knobs: str) -> str:
-        command = [self.path, *knobs, *self.arguments]
+        driver, *arguments = self.arguments
+        command = [self.path, driver, *knobs, *arguments]  # knobs are the driver's
         process = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
         return process.stdout
 

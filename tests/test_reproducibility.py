@@ -198,6 +198,35 @@ def test_a_set_that_is_scaled_changes_no_other(rng, shape, of_weight, of_bias):
             same(run([1, 40]), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 9, 10, 192), (3, 192, 9, 10)], ids=["channels last", "channels first"])
+def test_groups_whose_mean_is_zero(rng, shape, dtype):
+    """Dead channels (all zero), and such as cancel: the bias is added as it is, on every path, alone and in a batch."""
+    axis = -1 if shape[-1] == 192 else 1
+    x = np.moveaxis(random(rng, shape, dtype=dtype), axis, -1).copy()
+    x[..., :48] = 0
+    x[..., 48:96:2], x[..., 49:96:2] = 1, -1
+    x = np.ascontiguousarray(np.moveaxis(x, -1, axis))
+    weight = np.where(np.arange(192) % 5, -1, np.inf).astype(dtype)
+    bias = np.full(192, -0.0, dtype)
+
+    def run(x, **forced):
+        with np.errstate(all="ignore"), _debug.force(**forced):
+            return nk.group_norm(x, 4, weight, bias, channel_axis=axis)
+
+    expected = run(x, threads=1)
+    assert np.signbit(np.moveaxis(expected.astype(float), axis, -1)[..., 1:5]).all()
+    for isa, threads, resident, split in product(_debug.isas(), (1, 2, 3), (False, True), (False, True)):
+        same([run(x, isa=isa, threads=threads, resident=resident, split=split)], [expected])
+    same([run(x[1:2], threads=1)], [expected[1:2]])
+    scaled = np.moveaxis(x.copy(), axis, -1)
+    scaled[..., 144:] *= 1e30 if dtype in ("float32", "bfloat16") else 1
+    same(
+        [np.moveaxis(run(np.moveaxis(scaled, -1, axis)), axis, -1)[..., :144]],
+        [np.moveaxis(expected, axis, -1)[..., :144]],
+    )
+
+
 @pytest.mark.parametrize("parameters", ["weight", "bias", "neither"])
 @pytest.mark.parametrize("lanes", [2049, 5003, 8193])
 def test_row_by_row_without_parameters(rng, lanes, parameters):

@@ -493,3 +493,43 @@ threading.Event().wait(0.3)
 print("done")
 """
     assert run_script(PARALLEL + main) == ["done"]
+
+
+STACK = """
+    import threading
+    import ml_dtypes, numpy as np, normkit as nk
+    nk.set_num_threads(1)
+
+    def calls():
+        for norm, shape, options in (
+            ("batch", (32, 70, 7, 7), {"training": True}),
+            ("batch", (2, 49, 2560), {"channel_axis": -1, "training": True}),
+            ("group", (1, 64, 2560), {"num_groups": 40, "channel_axis": -1}),
+            ("group", (2, 64, 320), {"num_groups": 32, "channel_axis": -1}),
+            ("instance", (2, 3, 9, 1000), {}),
+            ("layer", (40, 2560), {"normalized_shape": 2560}),
+            ("layer", (1, 70_000), {"normalized_shape": 70_000}),
+            ("rms", (40, 2560), {"normalized_shape": 2560}),
+        ):
+            x = rng.standard_normal(shape).astype(dtype)
+            extent = options.get("normalized_shape") or shape[options.get("channel_axis", 1)]
+            weight = np.ones(extent, dtype)
+            bias = {} if norm == "rms" else {"bias": weight}
+            y, *statistics = getattr(nk, f"{norm}_norm_forward")(x, weight=weight, **bias, **options)
+            getattr(nk, f"{norm}_norm_backward")(y, x, *statistics, weight=weight, **options)
+            if norm == "batch":
+                options["training"] = False
+                nk.batch_norm(x, np.zeros(extent), np.ones(extent), weight, weight, **options)
+        print(dtype)
+
+    rng = np.random.default_rng(0)
+    for dtype in ("float64", "float32", "float16", "bfloat16"):
+        threading.stack_size(160 * 1024)
+        thread = threading.Thread(target=calls)
+        thread.start()
+        thread.join()
+"""
+
+
+def test_the_stack_that_the_guide_promises_is_enough():
+    assert run_script(STACK) == ["float64", "float32", "float16", "bfloat16"]

@@ -446,7 +446,7 @@ NK_INLINE void apply_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, ind
         if constexpr (!WLane) {
             const T a_row = s.rstd[k] * value_at<T>(w.at(r + j));
             a[j] = splat<X>(a_row);
-            c[j] = splat<X>(bias_term<T>(a_row, s.lo[k], value_at<T>(b.at(r + j))));
+            c[j] = splat<X>(bias_term<T>(a_row, s.hi[k], s.lo[k], value_at<T>(b.at(r + j))));
         }
     }
     const char *px = x.at(r), *pw = w.at(r), *pb = b.at(r);
@@ -515,7 +515,7 @@ NK_INLINE void apply_joined(In x, Out y, In w, In b, Statistics<Compute<X>> s, i
             const T a = s.rstd[k] * value_at<T>(w.at(r));
             terms[0] = splat<X>(s.hi[k]);
             terms[1] = splat<X>(a);
-            terms[2] = splat<X>(bias_term<T>(a, s.lo[k], value_at<T>(b.at(r))));
+            terms[2] = splat<X>(bias_term<T>(a, s.hi[k], s.lo[k], value_at<T>(b.at(r))));
         },
         [&](const Vec<X>(&terms)[3], index_t at, int n) NK_INLINE_LAMBDA {
             const Vec<X> d = load_rest<X>(x.p + bytes<X>(at), n) - terms[0];
@@ -606,7 +606,7 @@ struct Applying {
         } else {
             const T a_row = rstd_row * value_at<T>(w);
             a = splat<X>(a_row);
-            c = splat<X>(bias_term<T>(a_row, lo_row, value_at<T>(b)));
+            c = splat<X>(bias_term<T>(a_row, hi_row, lo_row, value_at<T>(b)));
         }
         if constexpr (Stream) {
             ask_for_end(y, tile.y.row);

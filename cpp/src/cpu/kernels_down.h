@@ -223,7 +223,7 @@ NK_INLINE void apply_down_chunk(In x, Out y, In w, In b, Statistics<Compute<X>> 
 #pragma GCC unroll 4
         for (int i = 0; i < V; ++i) {
             a[i] = rstd[i] * load_parameter<X, WLane, V>(w, r, i, n);
-            c[i] = bias_term<Vec<X>>(a[i], lo[i], load_parameter<X, WLane, V>(b, r, i, n));
+            c[i] = bias_term<Vec<X>>(a[i], hi[i], lo[i], load_parameter<X, WLane, V>(b, r, i, n));
         }
     };
     load_row_parameters(0);
@@ -377,7 +377,7 @@ void apply_terms(In x, Out y, const Terms<X, 3>& terms, Bundle b, index_t rows) 
     // of the time of batch norm 32 x 1024 x 14^2 in evaluation; nothing or less in a backward pass, which reads two).
     const bool apart = x.row != bytes<X>(lanes);
     for (; r < rows; r += b.rows) {
-        const char *px = x.at(r), *ahead = apart ? x.at(r + b.rows) : px + kAheadOfTerms;
+        const char *px = x.at(r), *ahead = apart ? x.at(r + b.rows) : px + (Stream ? kAheadOfTerms : 0);
         char* py = y.at(r);
         for_row<X>(rows - r < b.rows ? (rows - r) * lanes : b.lanes, b.head, [=](index_t l, int n) NK_INLINE_LAMBDA {
             if (Stream || apart) prefetch_far(ahead + bytes<X>(l));
@@ -396,11 +396,11 @@ NK_INLINE void apply_down_along(In x, Out y, In w, In b, Statistics<Compute<X>> 
     for_row<X>(lanes, 0, [&](index_t l, int n) NK_INLINE_LAMBDA {
         const index_t ow = WLane ? bytes<T>(l) : 0, at = first_term<X>(bundle) + l;
         const Vec<X> a = load_term<X>(s.rstd + l, n) * load_parameter<X, WLane, 1>({w.p + ow, 0}, 0, 0, n);
-        const Vec<X> bv = load_parameter<X, WLane, 1>({b.p + ow, 0}, 0, 0, n);
-        put<T, false>(reinterpret_cast<char*>(terms.of[0] + at), load_term<X>(s.hi + l, n), n);
+        const Vec<X> bv = load_parameter<X, WLane, 1>({b.p + ow, 0}, 0, 0, n), hi = load_term<X>(s.hi + l, n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[0] + at), hi, n);
         put<T, false>(reinterpret_cast<char*>(terms.of[1] + at), a, n);
-        put<T, false>(reinterpret_cast<char*>(terms.of[2] + at), bias_term<Vec<X>>(a, load_term<X>(s.lo + l, n), bv),
-                      n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[2] + at),
+                      bias_term<Vec<X>>(a, hi, load_term<X>(s.lo + l, n), bv), n);
     });
     repeat<X, 3>(terms, bundle);
     apply_terms<X, Stream>(x, y, terms, bundle, rows);

@@ -55,6 +55,13 @@ NK_INLINE V bias_term(V a, V lo, V b) {
     return kLoose ? b : b - lo * a;
 }
 
+// The same where the mean may be exactly 0. Then b is added as it is, so that kernels which leave the subtraction of 0
+// out agree with those that don't, also where b is -0 or a infinite.
+template <class V>
+NK_INLINE V bias_term(V a, V hi, V lo, V b) {
+    return (hi == V{}) & (lo == V{}) ? b : bias_term<V>(a, lo, b);
+}
+
 template <class V>
 struct DxTerms {
     V e, c;

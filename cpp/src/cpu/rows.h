@@ -135,34 +135,37 @@ class SetTiles {
         return o;
     }
 
-    // Whether the sets' runs are best taken for one row of lanes: they lie side by side, several times one behind the
-    // other, and either they are shorter than a vector (images of 3 x 3) or each of their elements has parameters of
-    // its own (group norm in NHWC). What is the same for a lane of all rows is then worked out once.
-    bool go_in_rows(unsigned data, unsigned parameters) const {
+    // Whether the sets' runs can be taken for one row of lanes, and should: they lie side by side, several times one
+    // behind the other, and each of their elements has parameters of its own (group norm in NHWC). What is the same for
+    // a lane of all rows is then worked out once.
+    template <class T>
+    bool go_in_rows() const {
         if (!interleaved_ || elements_.n != 2) return false;
         const Axis &rows = elements_.axis[0], &run = elements_.inner();
-        if (rows.extent < kLeastRows || run.extent > kRowLanes / 2) return false;
+        if (rows.extent < kLeastRows || run.extent > kRowLanes<T> / 2) return false;
         bool own = false;
-        for (int o = 0; o < kOperands; ++o) {
-            const bool side_by_side = next.stride[o] == run.stride[o] * run.extent;
-            if (data >> o & 1 && !side_by_side) return false;
-            if (parameters >> o & 1 && run.stride[o] != 0) own = true;
-            if (parameters >> o & 1 && (rows.stride[o] != 0 || (run.stride[o] != 0 && !side_by_side))) return false;
+        for (int o : {kX, kY, kWeight, kBias}) {
+            const bool side_by_side = next.stride[o] == run.stride[o] * run.extent, data = o == kX || o == kY;
+            if (!side_by_side && (data || run.stride[o] != 0)) return false;
+            if (!data && rows.stride[o] != 0) return false;
+            if (!data && run.stride[o] != 0) own = true;
         }
-        return own || run.extent < kVectorOfRun;
+        return own;
     }
-    static constexpr index_t kVectorOfRun = 16;  // of any instruction set: kernels join longer runs
-    static constexpr index_t kRowLanes = 2048;
+    template <class T>
+    static constexpr index_t kRowLanes = 8192 / sizeof(T);
+
     // f(rows, at, first, n) for the rows of n_sets sets that begin at `from`: tiles whose lanes are those of n sets,
     // from number `first` on. Where not all sets fit in one row, the rows go a few at a time, so that memory is written
     // in order.
-    template <class F>
+    template <class T, class F>
     void for_rows(index_t n_sets, const Offsets& from, F f) const {
-        const index_t most = std::min(kSetsAtOnce, kRowLanes / elements_.inner().extent);
+        const index_t most = std::min(kSetsAtOnce, kRowLanes<T> / elements_.inner().extent);
         const index_t pieces = (n_sets + most - 1) / most, per = (n_sets + pieces - 1) / pieces;
         Tiles rows(elements_, 0);
-        const index_t extent = rows.rows.extent, at_once = pieces > 1 ? kRowsOfPieces : extent;
-        for (index_t r = 0; r < extent; r += at_once) {
+        const index_t extent = rows.rows.extent;
+        const index_t at_once = pieces > 1 ? kRowsOfPieces : std::max(kRowsOfPieces, kLongestPiece / kRowLanes<T>);
+        for (index_t r = 0; r < extent && !gives_up(); r += at_once) {
             rows.rows.extent = std::min(at_once, extent - r);
             for (index_t first = 0; first < n_sets; first += per) {
                 Offsets at = from + neighbour(first);
@@ -174,13 +177,6 @@ class SetTiles {
 
     // Of a set.
     const Nest& elements() const { return elements_; }
-
-    // `v`, one a set, for the lanes of n sets.
-    template <class T>
-    void repeat(const T* v, index_t n, T* lanes) const {
-        const index_t extent = elements_.inner().extent;
-        for (index_t i = 0; i < n; ++i) std::fill_n(lanes + i * extent, extent, v[i]);
-    }
 
     // The tiles of n sets.
     class Of {
@@ -253,45 +249,6 @@ class SetTiles {
     const bool interleaved_;  // rows of neighbouring sets lie between those of a set, or a set is one row
     const index_t at_once_;
     const Tiles tiles_;  // of as many sets
-};
-
-// What is one a set, for the lanes of sets that lie in one row.
-template <class T>
-class Lanes {
-  public:
-    Lanes(const SetTiles& tiles, const TileStatistics<T>& sets, index_t n, bool backward) : tiles_(tiles), n_(n) {
-        statistics.hi = repeated(sets.hi);
-        statistics.lo = repeated(sets.lo);
-        statistics.rstd = repeated(sets.rstd);
-        if (backward) {
-            statistics.mean_g = repeated(sets.mean_g);
-            statistics.mean_g_xhat = repeated(sets.mean_g_xhat);
-        }
-        statistics.lane = 1;
-    }
-
-    // Of elements T.
-    Strided parameter(const char* base, const Offsets& at, Operand o, Strided absent) {
-        if (!base) return absent;
-        if (const index_t lane = tiles_.elements().inner().stride[o]) return {base + at[o], 0, lane, kDtype<T>};
-        T of_sets[kSetsAtOnce];
-        for (index_t i = 0; i < n_; ++i) of_sets[i] = read<T>(base + at[o] + i * tiles_.next.stride[o]);
-        return {reinterpret_cast<const char*>(repeated(of_sets)), 0, sizeof(T), kDtype<T>};
-    }
-
-    TileStatistics<T> statistics;
-
-  private:
-    const T* repeated(const T* of_sets) {
-        T* const lanes = lanes_[used_++];
-        tiles_.repeat(of_sets, n_, lanes);
-        return lanes;
-    }
-
-    const SetTiles& tiles_;
-    const index_t n_;
-    int used_ = 0;
-    T lanes_[7][SetTiles::kRowLanes];
 };
 
 }  // namespace normkit::cpu

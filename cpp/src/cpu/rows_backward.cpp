@@ -64,7 +64,6 @@ class RowsBackward {
           elements_(collapse(joined(plan.runs, plan.run), kBackwardOperands)),
           leaf_is_cell_(leaves_.count() == 1 && read_dy_.one_row() && read_x_.one_row()),
           tiles_(plan, elements_, 2 * sizeof(X), true),
-          in_rows_(go_in_rows()),
           storage_(plan.sets * SetStatistics<T>::kArrays),
           statistics_(storage_.get(), plan.sets) {}
 
@@ -232,28 +231,11 @@ class RowsBackward {
 
     void dx_of_sets(index_t first, index_t n) const {
         const Offsets from = plan_.kept.offsets(first);
-        if (n > 1 && dx_in_rows(from, first, n)) return;
         const SetTiles::Of all(tiles_, n);
         for (index_t i = 0; i < all.count(); ++i) {
             const SetTiles::Of::Tile t = all[i];
             dx_tile(from + t.at, all.tiles(), t.tile, statistics_.tile(first + t.set, t.step, 0, t.sets()));
         }
-    }
-
-    bool go_in_rows() const {
-        const bool one_dtype = !call_.weight || call_.weight_dtype == kDtype<T>;
-        return one_dtype && wants_set_sums() && tiles_.go_in_rows(bit(kX) | bit(kY) | bit(kDy), bit(kWeight));
-    }
-
-    bool dx_in_rows(const Offsets& from, index_t first, index_t n_sets) const {
-        if (!in_rows_ || statistics_.tile(first, 1, 0, n_sets).scale) return false;
-        tiles_.for_rows(n_sets, from, [&](const Tiles& rows, const Offsets& at, index_t i, index_t n) {
-            Lanes<T> l(tiles_, statistics_.tile(first + i, 1, 0, n), n, true);
-            backward(k_, operand(call_.dy, call_.dtype, at, rows, kDy), operand(call_.x, call_.dtype, at, rows, kX),
-                     l.parameter(call_.weight, at, kWeight, one<T>()), operand(call_.dx, call_.dtype, at, rows, kY),
-                     l.statistics, rows.rows.extent, n * rows.lanes.extent, nullptr, nullptr, schedule_.stream);
-        });
-        return true;
     }
 
     void dx_tile(const Offsets& set, const Tiles& tiles, const Tiles::Tile& tile, const TileStatistics<T>& s) const {
@@ -458,7 +440,6 @@ class RowsBackward {
     const Nest elements_;
     const bool leaf_is_cell_;
     const SetTiles tiles_;
-    const bool in_rows_;  // as which dx of neighbouring sets is written
     const Buffer<T> storage_;
     SetStatistics<T> statistics_;
 };

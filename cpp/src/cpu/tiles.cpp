@@ -144,8 +144,7 @@ void apply(const KernelPair<X>& k, Strided x, Strided y, Strided w, Strided b, c
             return;
         }
     }
-    // The kernel that takes the tile where nothing is in the way: where a mean is 0 they differ in the sign of a zero,
-    // and in what an infinite weight * rstd gives.
+    // Parameters that are one a row are gathered as such.
     const bool one_a_row = lanes == 1 || (w.lane == 0 && b.lane == 0);
     const auto& packed_kernel = (s.lane ? k.packed.apply_down : k.packed.apply_along)[!one_a_row];
     for_patches(rows, lanes, [&](index_t r, index_t l, index_t n_rows, index_t n) {
