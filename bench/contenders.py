@@ -637,6 +637,7 @@ class OneDnn(Contender):
             f"--dir={self.DIRECTIONS[which]}",
             f"--flags={flags}",
             "--inplace=false",
+            "--skip-impl=ref",  # takes seconds a call
         ]
         if case.layout == "rows":
             return ["--lnorm", *common, "--tag=ab", "--stat_tag=a", "x".join(map(str, case.shape))]
@@ -675,7 +676,7 @@ class BenchdnnRun(Run):
         return None
 
     def seconds(self, at_least: float) -> float:
-        report = "perf,%0time%"  # the mean, in milliseconds
+        report = "perf,%0time%"  # milliseconds: the mean of the second half of the calls, without the fastest
         output = self.output("--mode=P", f"--max-ms-per-prb={1e3 * at_least:g}", f"--perf-template={report}")
         milliseconds = re.search(r"^perf,([0-9.e+-]+)$", output, re.MULTILINE)
         if not milliseconds:
