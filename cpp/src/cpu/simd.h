@@ -313,10 +313,12 @@ struct Adder {
     }
     NK_INLINE Vec<T> operator()(Vec<T> sum, Vec<T> v) const {
 #if defined(__AVX512F__)
+        // Named, although it is the rounding in force: tests/check_objects.py knows by it that no compiler has fused.
+        constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
         if constexpr (sizeof(T) == sizeof(float)) {
-            return (Vec<T>)_mm512_fmadd_ps((__m512)v, (__m512)one, (__m512)sum);
+            return (Vec<T>)_mm512_fmadd_round_ps((__m512)v, (__m512)one, (__m512)sum, kNearest);
         } else {
-            return (Vec<T>)_mm512_fmadd_pd((__m512d)v, (__m512d)one, (__m512d)sum);
+            return (Vec<T>)_mm512_fmadd_round_pd((__m512d)v, (__m512d)one, (__m512d)sum, kNearest);
         }
 #else
         return sum + v;
