@@ -135,22 +135,18 @@ class SetTiles {
         return o;
     }
 
-    // Whether the sets' runs can be taken for one row of lanes, and should: they lie side by side, several times one
-    // behind the other, and each of their elements has parameters of its own (group norm in NHWC). What is the same for
-    // a lane of all rows is then worked out once.
+    // Whether the sets' runs can be taken for one row of lanes, and should where each of their elements has parameters
+    // of its own (group norm in NHWC): they lie side by side, several times one behind the other, and so do the
+    // parameters, once. What is the same for a lane of all rows is then worked out once.
     template <class T>
     bool go_in_rows() const {
         if (!interleaved_ || elements_.n != 2) return false;
         const Axis &rows = elements_.axis[0], &run = elements_.inner();
         if (rows.extent < kLeastRows || run.extent > kRowLanes<T> / 2) return false;
-        bool own = false;
         for (int o : {kX, kY, kWeight, kBias}) {
-            const bool side_by_side = next.stride[o] == run.stride[o] * run.extent, data = o == kX || o == kY;
-            if (!side_by_side && (data || run.stride[o] != 0)) return false;
-            if (!data && rows.stride[o] != 0) return false;
-            if (!data && run.stride[o] != 0) own = true;
+            if (next.stride[o] != run.stride[o] * run.extent) return false;
         }
-        return own;
+        return rows.stride[kWeight] == 0 && rows.stride[kBias] == 0;
     }
     template <class T>
     static constexpr index_t kRowLanes = 8192 / sizeof(T);
@@ -174,9 +170,6 @@ class SetTiles {
             }
         }
     }
-
-    // Of a set.
-    const Nest& elements() const { return elements_; }
 
     // The tiles of n sets.
     class Of {

@@ -1,5 +1,7 @@
 // The rows walk, forward: moments set by set, then y; or those of one set beside the writing of another.
 
+#include <utility>
+
 #include "rows.h"
 
 namespace normkit::cpu {
@@ -12,40 +14,20 @@ template <class T>
 constexpr index_t kGivenAtOnce = 2048 / static_cast<index_t>(sizeof(T));
 constexpr unsigned kForwardOperands = bit(kX) | bit(kY) | bit(kWeight) | bit(kBias);
 
-// What is one a set, for the lanes of n sets that lie in one row.
+// The statistics of n sets, each for `extent` lanes.
 template <class T>
-class Lanes {
-  public:
-    Lanes(const SetTiles& tiles, const TileStatistics<T>& sets, index_t n) : tiles_(tiles), n_(n) {
-        statistics.hi = repeated(sets.hi);
-        statistics.lo = repeated(sets.lo);
-        statistics.rstd = repeated(sets.rstd);
+struct Lanes {
+    Lanes(const TileStatistics<T>& sets, index_t n, index_t extent) {
+        for (auto [one, all] : {std::pair{sets.hi, hi}, std::pair{sets.lo, lo}, std::pair{sets.rstd, rstd}}) {
+            for (index_t i = 0; i < n; ++i) std::fill_n(all + i * extent, extent, one[i]);
+        }
+        statistics.hi = hi;
+        statistics.lo = lo;
+        statistics.rstd = rstd;
         statistics.lane = 1;
     }
-
-    // Of elements T.
-    Strided parameter(const char* base, const Offsets& at, Operand o, Strided absent) {
-        if (!base) return absent;
-        if (const index_t lane = tiles_.elements().inner().stride[o]) return {base + at[o], 0, lane, kDtype<T>};
-        T of_sets[kSetsAtOnce];
-        for (index_t i = 0; i < n_; ++i) of_sets[i] = read<T>(base + at[o] + i * tiles_.next.stride[o]);
-        return {reinterpret_cast<const char*>(repeated(of_sets)), 0, sizeof(T), kDtype<T>};
-    }
-
     TileStatistics<T> statistics;
-
-  private:
-    const T* repeated(const T* of_sets) {
-        T* const lanes = lanes_[used_++];
-        const index_t extent = tiles_.elements().inner().extent;
-        for (index_t i = 0; i < n_; ++i) std::fill_n(lanes + i * extent, extent, of_sets[i]);
-        return lanes;
-    }
-
-    const SetTiles& tiles_;
-    const index_t n_;
-    int used_ = 0;
-    T lanes_[5][SetTiles::kRowLanes<T>];
+    T hi[SetTiles::kRowLanes<T>], lo[SetTiles::kRowLanes<T>], rstd[SetTiles::kRowLanes<T>];
 };
 
 template <class X>
@@ -266,20 +248,20 @@ class RowsForward {
     }
 
     bool goes_in_rows() const {
-        const bool one_dtype =
-            (!call_.weight || call_.weight_dtype == kDtype<T>) && (!call_.bias || call_.bias_dtype == kDtype<T>);
-        return one_dtype && tiles_.template go_in_rows<T>();
+        const auto as_it_lies = [&](const char* base, Dtype dtype, Operand o) {
+            return !base || (dtype == kDtype<T> && elements_.inner().stride[o] == index_t{sizeof(T)});
+        };
+        return (call_.weight || call_.bias) && as_it_lies(call_.weight, call_.weight_dtype, kWeight) &&
+               as_it_lies(call_.bias, call_.bias_dtype, kBias) && tiles_.template go_in_rows<T>();
     }
 
     bool write_in_rows(const Batch& batch) const {
         if (!in_rows_ || batch.statistics.tile(0, 1, 0, batch.n).scale) return false;
         tiles_.template for_rows<T>(
             batch.n, batch.at, [&](const Tiles& rows, const Offsets& at, index_t first, index_t n) {
-                Lanes<T> l(tiles_, batch.statistics.tile(first, 1, 0, n), n);
-                apply(k_,
-                      {operand(call_.x, call_.dtype, at, rows, kX), operand(call_.y, call_.dtype, at, rows, kY),
-                       l.parameter(call_.weight, at, kWeight, one<T>()), l.parameter(call_.bias, at, kBias, zero<T>()),
-                       l.statistics, rows.rows.extent, n * rows.lanes.extent, schedule_.stream});
+                const index_t extent = rows.lanes.extent;
+                const Lanes<T> lanes(batch.statistics.tile(first, 1, 0, n), n, extent);
+                apply(k_, tile_at(at, rows, {Offsets{}, rows.rows.extent, n * extent}, lanes.statistics));
             });
         return true;
     }

@@ -81,11 +81,7 @@ class SetStatistics {
         const T* const p = scale() + set;
         const index_t step = row + lane;
         int scaled = 0;  // not bool: compilers make a vector of the sum, and there are many tiles of many sets
-        if (step == 1) {
-            for (index_t i = 0; i < sets; ++i) scaled += p[i] != 1;
-        } else {
-            for (index_t i = 0; i < sets; ++i) scaled += p[i * step] != 1;
-        }
+        for (index_t i = 0; i < sets; ++i) scaled += p[i * step] != 1;
         if (scaled) s.scale = p;
         return s;
     }
