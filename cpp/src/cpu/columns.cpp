@@ -181,8 +181,8 @@ class ColumnsForward {
         // Row by row of tiles, so that whole rows are written; backwards, because what was read last is still in the
         // last-level cache.
         const index_t n = units_.count() * tiles.count();
-        parallel_for(n, schedule_.threads, [&](index_t back) {
-            const Part here = part_of(units_, tiles.count(), n - 1 - back);
+        parallel_for(n, schedule_.threads, Order::backwards, [&](index_t i) {
+            const Part here = part_of(units_, tiles.count(), i);
             apply_tile(units_[here.unit], tiles, here.rows);
         });
     }
@@ -369,8 +369,8 @@ class ColumnsBackward {
                 const index_t rows_per = kPieceBytes / (2 * most * index_t{sizeof(X)});
                 const Tiles tiles = units_.rows(kOperandsBackward, rows_per < 1 ? 1 : rows_per);
                 const index_t all = n * tiles.count();
-                parallel_for(all, schedule_.threads, [&](index_t back) {  // backwards, as in the forward pass
-                    const Part here = part_of(units_, tiles.count(), all - 1 - back);
+                parallel_for(all, schedule_.threads, Order::backwards, [&](index_t i) {  // as in the forward pass
+                    const Part here = part_of(units_, tiles.count(), i);
                     dx_tile(units_[here.unit], tiles, here.rows);
                 });
             }

@@ -87,6 +87,48 @@ void finish_stores() {
 #endif
 }
 
+// Pieces in even shares of neighbours. Taken one by one instead, by whoever comes first, they go to another thread in the
+// second sweep over an array than in the first, and in the next call again: where the cores of two threads have no cache
+// in common (chiplets, sockets), half of the lines then have to come from the other's.
+class Shares {
+  public:
+    Shares(index_t pieces, int threads, Order order)
+        : count_(threads < kMostShares ? threads : kMostShares), order_(order) {
+        index_t first = 0;
+        for (int s = 0; s < count_; ++s) {
+            const index_t end = first + pieces / count_ + (s < pieces % count_ ? 1 : 0);
+            shares_[s].next.store(first, std::memory_order_relaxed);
+            shares_[s].first = first;
+            shares_[s].end = end;
+            first = end;
+        }
+    }
+
+    // The work of one thread: its share, and what others have left of theirs.
+    template <class F>
+    void work(int thread, const F& f) {
+        for (int s = 0; s < count_; ++s) {
+            Share& share = shares_[(thread + s) % count_];
+            // Looked at before it is written, for a counter that is only read is no bother to the others.
+            while (share.next.load(std::memory_order_relaxed) < share.end) {
+                const index_t i = share.next.fetch_add(1, std::memory_order_relaxed);
+                if (i >= share.end) break;
+                f(order_ == Order::forwards ? i : share.first + share.end - 1 - i);
+            }
+        }
+    }
+
+  private:
+    static constexpr int kMostShares = 64;  // more threads than this have one in common
+    struct alignas(64) Share {              // a cache line
+        std::atomic<index_t> next;
+        index_t first, end;
+    };
+    Share shares_[kMostShares];
+    const int count_;
+    const Order order_;
+};
+
 }  // namespace
 
 bool gives_up() {
@@ -101,32 +143,33 @@ bool gives_up() {
     return true;
 }
 
-void run_pieces(index_t pieces, int threads, PieceFunction piece, const void* context) {
+void run_pieces(index_t pieces, int threads, Order order, PieceFunction piece, const void* context) {
     if (pieces <= 0) return;
     if (threads > pieces) threads = static_cast<int>(pieces);
-    if (!should_stop && threads <= 1) {
-        const Watching nobody(nullptr, false);
-        for (index_t i = 0; i < pieces; ++i) piece(context, i);
-        finish_stores();
-        return;
-    }
-    Watch shared{should_stop};
-    Watch* const watched = should_stop ? &shared : nullptr;
 #if defined(_OPENMP)
     if (is_forked_child) threads = 1;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const Watching watching(watched, omp_get_thread_num() == 0);
-#pragma omp for schedule(dynamic, 1)
-        for (index_t i = 0; i < pieces; ++i) {
-            if (!gives_up()) piece(context, i);
-        }
+#else
+    threads = 1;
+#endif
+    Watch shared{should_stop};
+    Watch* const watched = should_stop ? &shared : nullptr;
+    if (threads <= 1) {
+        const Watching watching(watched, true);
+        for (index_t i = 0; i < pieces && !gives_up(); ++i) piece(context, order == Order::forwards ? i : pieces - 1 - i);
         finish_stores();
     }
-#else
-    const Watching watching(watched, true);
-    for (index_t i = 0; i < pieces && !gives_up(); ++i) piece(context, i);
-    finish_stores();
+#if defined(_OPENMP)
+    else {
+        Shares shares(pieces, threads, order);
+#pragma omp parallel num_threads(threads)
+        {
+            const Watching watching(watched, omp_get_thread_num() == 0);
+            shares.work(omp_get_thread_num(), [&](index_t i) {
+                if (!gives_up()) piece(context, i);
+            });
+            finish_stores();
+        }
+    }
 #endif
     if (shared.stop) throw Interrupted();
 }

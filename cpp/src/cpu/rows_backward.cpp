@@ -199,8 +199,8 @@ class RowsBackward {
         if (!call_.dx) return;
         const Tiles tiles(elements_, elements_per_piece(plan_, schedule_));
         const index_t n = plan_.sets * tiles.count();
-        parallel_for(n, schedule_.threads, [&](index_t back) {  // backwards, as in the forward pass
-            const index_t i = n - 1 - back, set = i / tiles.count();
+        parallel_for(n, schedule_.threads, Order::backwards, [&](index_t i) {  // as in the forward pass
+            const index_t set = i / tiles.count();
             dx_tile(plan_.kept.offsets(set), tiles, tiles[i % tiles.count()], statistics_.tile(set, 0, 0, 1));
         });
     }

@@ -312,8 +312,8 @@ class RowsForward {
         const Tiles tiles(elements_, elements_per_piece(plan_, schedule_));
         // Backwards: what was read last is still in the last-level cache.
         const index_t n = plan_.sets * tiles.count();
-        parallel_for(n, schedule_.threads, [&](index_t back) {
-            const index_t i = n - 1 - back, set = i / tiles.count();
+        parallel_for(n, schedule_.threads, Order::backwards, [&](index_t i) {
+            const index_t set = i / tiles.count();
             apply(k_, tile_at(plan_.kept.offsets(set), tiles, tiles[i % tiles.count()], statistics.tile(set, 0, 0, 1)));
         });
     }
