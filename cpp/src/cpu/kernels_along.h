@@ -22,16 +22,16 @@ struct Nothing {
 // each turn of the block, B::kShare turns of what is done beside it.
 template <class B, class Beside>
 NK_INLINE void for_steps(index_t rows, index_t lanes, B& block, Beside& beside) {
+    const bool asks = !std::is_same_v<Beside, Nothing> || block.asks();
     index_t steps = 0;
     for (index_t r = 0; r < rows; ++r) {
         block.row(r);
-        if (lanes < kTurn && block.asks()) block.ask_ahead(0);
         index_t at = 0;
         while (lanes - at >= B::kLanes) {
             index_t todo = (lanes - at) / B::kLanes;
             if (todo > B::kSteps - steps) todo = B::kSteps - steps;
             steps += todo;
-            if (!std::is_same_v<Beside, Nothing> || block.asks()) {
+            if (asks) {
                 constexpr index_t kStepsOfTurn = kTurn / B::kLanes;
                 index_t turns = todo / kStepsOfTurn;
                 if (turns > beside.turns() / B::kShare) turns = beside.turns() / B::kShare;
@@ -43,6 +43,8 @@ NK_INLINE void for_steps(index_t rows, index_t lanes, B& block, Beside& beside) 
 #pragma GCC unroll 2
                     for (int i = 0; i < B::kShare; ++i) beside.turn();
                 }
+                // No line may be left out: the wait for one is as long as the arithmetic of a thousand elements.
+                if (todo > 0 && at % kTurn == 0) block.ask_ahead(at);
             }
             for (; todo > 0; --todo, at += B::kLanes) block.full(at);
             if (steps == B::kSteps) {
@@ -51,6 +53,7 @@ NK_INLINE void for_steps(index_t rows, index_t lanes, B& block, Beside& beside) 
             }
         }
         if (at < lanes) {
+            if (asks && at % kTurn == 0) block.ask_ahead(at);
             block.tail(at, static_cast<int>(lanes - at));
             if (++steps == B::kSteps) {
                 block.flush();
@@ -88,7 +91,7 @@ constexpr bool kAboutOrigin = std::is_same_v<X, double>;
 // times as long as with lines asked to L1, at any distance).
 template <class X>
 NK_INLINE void ask_for_turn(const char* p, index_t at) {
-    constexpr index_t kAhead = 4096, kLine = 64;
+    constexpr index_t kAhead = 8192, kLine = 64;
     constexpr int kToL2 = 2;
     for (index_t line = 0; line < bytes<X>(kTurn); line += kLine) {
         __builtin_prefetch(p + bytes<X>(at) + kAhead + line, 0, kToL2);
@@ -400,7 +403,9 @@ NK_INLINE index_t head_of(Out y) {
 
 // Asks for the line in which a row that is written past the caches ends, if it ends within one. That end is an ordinary
 // store, and non-temporal ones behind it wait until it has its line (layer norm 4096 x 1000: 1.4 times as long).
-NK_INLINE void ask_for_end(const char* y, index_t row) { __builtin_prefetch(y + row, 1); }
+NK_INLINE void ask_for_end(const char* y, index_t row) {
+    if (reinterpret_cast<std::uintptr_t>(y + row) % 64 != 0) __builtin_prefetch(y + row, 1);
+}
 
 // The vectors of a row before its first boundary, which non-temporal stores wait for.
 template <class Row>
