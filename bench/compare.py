@@ -56,6 +56,9 @@ ROUND_SECONDS = 0.02
 # A contender that has used up its patience leaves after so many rounds: NumPy on 100 MB needs no seventh figure.
 PATIENCE_SECONDS = 0.5
 FEWEST_ROUNDS = 3
+# A round begins when each of its threads has a core, or after so many looks, so far apart.
+CORES_PATIENCE = 20
+CORES_SECONDS = 0.2
 
 # The largest difference to the exact result, over the largest magnitude in it. Wide enough for all who compute in the
 # dtype; what normkit promises is tested elsewhere.
@@ -146,7 +149,7 @@ class Bench:
         working_set = (3 if which == "backward" else 2) * problem.x.nbytes
         copies = self.device.copies(working_set)
         others = Others()
-        seconds = self.measure({**runs, **copies})
+        seconds, shared = self.measure({**runs, **copies})
         seconds["copy"] = [min(ways) for ways in zip(*(seconds.pop(way) for way in copies))]
         ours = seconds["normkit"]
         bytes_moved = fewest_bytes(case, which, problem.x.itemsize, self.device.l2)
@@ -162,6 +165,7 @@ class Bench:
             "roofline": ratios["copy"] * bytes_moved / working_set,
             "spread": {contender: spread(seconds[contender]) for contender in ("normkit", "copy")},
             "others": others.cores(),
+            "shared": shared,
             "other_mode": [contender for contender, run in runs.items() if run.mode != self.options.mode],
             "late": [contender for contender, run in runs.items() if run.late],
             "wrong": wrong,
@@ -194,11 +198,13 @@ class Bench:
         others = [contender.prepare(other, which, self.options.mode) for other in problem.others]
         run.rotate([other for other in others if isinstance(other, InProcess)], self.device.clock())
 
-    def measure(self, runs: dict[str, Run]) -> Seconds:
-        """A B C A B C: so that a machine that drifts drifts for all."""
+    def measure(self, runs: dict[str, Run]) -> tuple[Seconds, int]:
+        """A B C A B C: so that a machine that drifts drifts for all. And the rounds whose threads had no core each."""
         seconds: Seconds = {contender: [] for contender in runs}
         spent = dict.fromkeys(runs, 0.0)
+        shared = 0
         for i in range(self.options.rounds):
+            shared += not self.gets_its_cores()
             for contender, run in runs.items():
                 if i >= FEWEST_ROUNDS and spent[contender] > PATIENCE_SECONDS:
                     continue
@@ -206,7 +212,15 @@ class Bench:
                 start = time.perf_counter()
                 seconds[contender].append(run.seconds(self.options.round_seconds))
                 spent[contender] += time.perf_counter() - start
-        return seconds
+        return seconds, shared
+
+    def gets_its_cores(self) -> bool:
+        """Wait for them, but not for ever."""
+        for _ in range(CORES_PATIENCE):
+            if self.device.has_its_cores():
+                return True
+            time.sleep(CORES_SECONDS)
+        return False
 
 
 # ---- all rows --------------------------------------------------------------------------------------------------------

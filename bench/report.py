@@ -4,8 +4,9 @@
 
 FILE is what compare.py --json wrote: the machine, the versions of the contenders, and the rows. A row is a dict: name,
 threads (0 on a GPU), mode, seconds and ratio by contender, bandwidth, that of the copy, roofline, spread of the rounds
-(of normkit and of the copy), cores that other processes took, the contenders that ran in the other mode, those whose
-calls the GPU waited for ("late"), those whose results were wrong. A ratio is a contender's time over normkit's.
+(of normkit and of the copy), cores that other processes took, rounds whose threads had no core each ("shared"), the
+contenders that ran in the other mode, those whose calls the GPU waited for ("late"), those whose results were wrong. A
+ratio is a contender's time over normkit's.
 """
 
 from __future__ import annotations
@@ -174,11 +175,12 @@ def lists(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
 
 def noise(rows: Sequence[Row]) -> str:
     ours, copy = (statistics.median(row["spread"][name] for row in rows) for name in ("normkit", "copy"))
-    others = [row["others"] for row in rows]
+    others, shared = [row["others"] for row in rows], sum(row.get("shared", 0) for row in rows)
     return (
         f"noise: half of the rounds within {ours:.1%} of their row's median, those of the copy within {copy:.1%} "
         f"({max(row['spread']['copy'] for row in rows):.1%} in the worst row); other processes took "
         f"{statistics.median(others):.2f} cores in the median row, {max(others):.2f} in the worst"
+        f"{f'; in {shared} rounds threads had no core each' if shared else ''}"
     )
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -137,6 +138,28 @@ def compared(compare, path, *arguments):
     """The rows that compare.py writes for the tiniest case."""
     compare.main(["--cases", TINY, "--threads", "1", "--rounds", "1", "--quick", "--json", str(path), *arguments])
     return json.loads(path.read_text())["rows"]
+
+
+def test_rounds_wait_for_the_cores(modules, monkeypatch, tmp_path, capsys):
+    compare, cpu = modules["compare"], modules["devices"].Cpu
+    monkeypatch.setattr(compare, "CORES_SECONDS", 0)
+    looks = iter([False, False, True, *[False] * compare.CORES_PATIENCE, True])
+    monkeypatch.setattr(cpu, "has_its_cores", lambda self: next(looks))
+    (row,) = compared(compare, tmp_path / "results.json", "--contenders", "", "--rounds", "3")
+    assert row["shared"] == 1 and next(looks, None) is None
+    assert "; in 1 rounds threads had no core each" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity: Linux")
+def test_two_threads_on_one_core_are_seen(modules):
+    cpu = modules["devices"].Cpu
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert not cpu(2).has_its_cores()
+    finally:
+        os.sched_setaffinity(0, before)
+    assert cpu(1).has_its_cores()
 
 
 def test_compare(modules, benchdnn, tmp_path, capsys):
