@@ -17,12 +17,14 @@ constexpr index_t kElementsPerThread = 16 * 1024;
 constexpr int kMostThreads = 1024;
 
 // Results are written past the caches where all arrays of a call are at least this large together, if their rows are so
-// long that whole cache lines are most of what is written. More for a forward pass that does not go row by row: with
-// two threads batch norm in evaluation takes 1.5 times as long so at 2 x 8 and 1.3 times at 2 x 16 MB, layer norm 0.8
-// times at 2 x 12.6 MB, layer norm backward 0.7 times at 3 x 12.6 MB. What the system says of L3 is no guide where
-// machines are shared: measured, see docs/decisions/0002-schedule.md.
-constexpr index_t kStreamBytes = index_t{18} << 20, kStreamBytesForward = index_t{32} << 20;
-constexpr index_t kStreamBytesAlone = index_t{12} << 20, kStreamBytesForwardAlone = index_t{16} << 20;
+// long that whole cache lines are most of what is written. `later`: a forward pass that does not go row by row, in long
+// rows. Less on one thread: two have more cache between them. Measured, as what the system says of L3 is no guide where
+// machines are shared: docs/decisions/0002-schedule.md.
+index_t stream_bytes(int threads, bool later) {
+    constexpr index_t kMiB = index_t{1} << 20;
+    if (threads > 1) return (later ? 32 : 18) * kMiB;
+    return (later ? 16 : 12) * kMiB;
+}
 constexpr index_t kStreamRow = 32;
 
 // The samples that the threads have in hand, in the columns walk, if their second sweep is to find them in the
@@ -113,17 +115,15 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
         s.lanes = lanes_of_unit(lanes, merge);
     }
     const index_t all = plan.total * element * (arrays + 1);
-    const index_t far_bytes = s.threads > 1 ? kStreamBytes : kStreamBytesAlone;
-    const bool far = all >= far_bytes || arrays > 1;
+    const bool far = all >= stream_bytes(s.threads, false) || arrays > 1;
     const bool long_rows = plan.set_size * element >= (far ? kLeastRow : kLeastRowNear);
     const bool beyond_l2 = plan.total * element > l2_bytes() / 2 * s.threads;
     const bool worth = beyond_l2 && (set_is_row(plan) ? long_rows : plan.run.size() >= kLeastRun);
     s.by_row = can_go_by_row(plan, element, arrays) && write && !given && s.resident && choose(forced.by_row, worth);
     const index_t row = plan.walk == Walk::rows ? plan.run.size() : plan.lane.extent * plan.merge.extent;
-    const bool broken = plan.walk == Walk::rows ? row < kLeastRun : s.lanes < row;
-    const bool later = arrays == 1 && !s.by_row && !broken;
-    const index_t later_bytes = s.threads > 1 ? kStreamBytesForward : kStreamBytesForwardAlone;
-    const bool streams = all >= (later ? later_bytes : far_bytes) && row >= kStreamRow;
+    const bool in_short_runs = plan.walk == Walk::rows ? row < kLeastRun : s.lanes < row;
+    const bool later = arrays == 1 && !s.by_row && !in_short_runs;
+    const bool streams = all >= stream_bytes(s.threads, later) && row >= kStreamRow;
     s.stream = choose(forced.stream, write && !in_place && streams);
     return s;
 }

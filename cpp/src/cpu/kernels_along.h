@@ -449,9 +449,10 @@ NK_INLINE void apply_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, ind
         lo[j] = splat<X>(s.lo[k]);
         rstd[j] = splat<X>(s.rstd[k]);
         if constexpr (!WLane) {
-            const T a_row = s.rstd[k] * value_at<T>(w.at(r + j));
-            a[j] = splat<X>(a_row);
-            c[j] = splat<X>(bias_term<T>(a_row, s.hi[k], s.lo[k], value_at<T>(b.at(r + j))));
+            const YTerms<T> terms =
+                y_terms<T>(s.hi[k], s.lo[k], s.rstd[k], value_at<T>(w.at(r + j)), value_at<T>(b.at(r + j)));
+            a[j] = splat<X>(terms.a);
+            c[j] = splat<X>(terms.c);
         }
     }
     const char *px = x.at(r), *pw = w.at(r), *pb = b.at(r);
@@ -517,10 +518,10 @@ NK_INLINE void apply_joined(In x, Out y, In w, In b, Statistics<Compute<X>> s, i
         rows, lanes, Stream ? head_of<X>(y) : 0,
         [&](index_t r, Vec<X>(&terms)[3]) NK_INLINE_LAMBDA {
             const index_t k = r * s.row;
-            const T a = s.rstd[k] * value_at<T>(w.at(r));
+            const YTerms<T> y = y_terms<T>(s.hi[k], s.lo[k], s.rstd[k], value_at<T>(w.at(r)), value_at<T>(b.at(r)));
             terms[0] = splat<X>(s.hi[k]);
-            terms[1] = splat<X>(a);
-            terms[2] = splat<X>(bias_term<T>(a, s.hi[k], s.lo[k], value_at<T>(b.at(r))));
+            terms[1] = splat<X>(y.a);
+            terms[2] = splat<X>(y.c);
         },
         [&](const Vec<X>(&terms)[3], index_t at, int n) NK_INLINE_LAMBDA {
             const Vec<X> d = load_rest<X>(x.p + bytes<X>(at), n) - terms[0];
@@ -560,22 +561,22 @@ NK_INLINE void apply_along_rows(In x, Out y, In w, In b, Statistics<Compute<X>> 
     }
 }
 
+template <class X, bool WLane, bool Stream>
+NK_INLINE void apply_along_as(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes,
+                              bool joined) {
+    if constexpr (!WLane) {
+        if (joined) return apply_joined<X, Stream>(x, y, w, b, s, rows, lanes);
+    }
+    apply_along_rows<X, WLane, Stream>(x, y, w, b, s, rows, lanes);
+}
+
 template <class X, bool WLane>
 void apply_along(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes, bool stream) {
-    if constexpr (!WLane) {
-        if (joins<X>(x, y, rows, lanes)) {
-            if (stream && can_stream<X>(y, rows * lanes)) {
-                apply_joined<X, true>(x, y, w, b, s, rows, lanes);
-            } else {
-                apply_joined<X, false>(x, y, w, b, s, rows, lanes);
-            }
-            return;
-        }
-    }
-    if (stream && can_stream<X>(y, lanes)) {
-        apply_along_rows<X, WLane, true>(x, y, w, b, s, rows, lanes);
+    const bool joined = !WLane && joins<X>(x, y, rows, lanes);
+    if (stream && can_stream<X>(y, joined ? rows * lanes : lanes)) {
+        apply_along_as<X, WLane, true>(x, y, w, b, s, rows, lanes, joined);
     } else {
-        apply_along_rows<X, WLane, false>(x, y, w, b, s, rows, lanes);
+        apply_along_as<X, WLane, false>(x, y, w, b, s, rows, lanes, joined);
     }
 }
 
@@ -609,9 +610,9 @@ struct Applying {
             w_lanes = tile.w_constant ? 0 : ~index_t{0};
             b_lanes = tile.b_constant ? 0 : ~index_t{0};
         } else {
-            const T a_row = rstd_row * value_at<T>(w);
-            a = splat<X>(a_row);
-            c = splat<X>(bias_term<T>(a_row, hi_row, lo_row, value_at<T>(b)));
+            const YTerms<T> terms = y_terms<T>(hi_row, lo_row, rstd_row, value_at<T>(w), value_at<T>(b));
+            a = splat<X>(terms.a);
+            c = splat<X>(terms.c);
         }
         if constexpr (Stream) {
             ask_for_end(y, tile.y.row);
@@ -710,7 +711,7 @@ NK_INLINE void dx_along_rows(In dy, In x, In w, Out dx, Statistics<Compute<X>> s
             const index_t o = bytes<X>(lane);
             const Vec<X> d = load_rest<X>(px + o, n) - hi;
             const Vec<X> av = WLane ? rstd * load_rest<T>(pw + bytes<T>(lane), n) : a;
-            put<X, Stream>(pdx + o, (load_rest<X>(pdy + o, n) * av - (d * rstd) * e) + c, n);
+            put<X, Stream>(pdx + o, dx_of<Vec<X>>(load_rest<X>(pdy + o, n), d, rstd, av, e, c), n);
         });
     }
 }
@@ -732,26 +733,26 @@ NK_INLINE void dx_joined(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, in
         [&](const Vec<X>(&terms)[5], index_t at, int n) NK_INLINE_LAMBDA {
             const Vec<X> d = load_rest<X>(x.p + bytes<X>(at), n) - terms[0];
             const Vec<X> dyv = load_rest<X>(dy.p + bytes<X>(at), n);
-            put<X, Stream>(dx.p + bytes<X>(at), (dyv * terms[2] - (d * terms[1]) * terms[3]) + terms[4], n);
+            put<X, Stream>(dx.p + bytes<X>(at), dx_of<Vec<X>>(dyv, d, terms[1], terms[2], terms[3], terms[4]), n);
         });
+}
+
+template <class X, bool WLane, bool Stream>
+NK_INLINE void dx_along_as(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes,
+                           bool joined) {
+    if constexpr (!WLane) {
+        if (joined) return dx_joined<X, Stream>(dy, x, w, dx, s, rows, lanes);
+    }
+    dx_along_rows<X, WLane, Stream>(dy, x, w, dx, s, rows, lanes);
 }
 
 template <class X, bool WLane>
 void dx_along(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes, bool stream) {
-    if constexpr (!WLane) {
-        if (dy.row == x.row && joins<X>(x, dx, rows, lanes)) {
-            if (stream && can_stream<X>(dx, rows * lanes)) {
-                dx_joined<X, true>(dy, x, w, dx, s, rows, lanes);
-            } else {
-                dx_joined<X, false>(dy, x, w, dx, s, rows, lanes);
-            }
-            return;
-        }
-    }
-    if (stream && can_stream<X>(dx, lanes)) {
-        dx_along_rows<X, WLane, true>(dy, x, w, dx, s, rows, lanes);
+    const bool joined = !WLane && dy.row == x.row && joins<X>(x, dx, rows, lanes);
+    if (stream && can_stream<X>(dx, joined ? rows * lanes : lanes)) {
+        dx_along_as<X, WLane, true>(dy, x, w, dx, s, rows, lanes, joined);
     } else {
-        dx_along_rows<X, WLane, false>(dy, x, w, dx, s, rows, lanes);
+        dx_along_as<X, WLane, false>(dy, x, w, dx, s, rows, lanes, joined);
     }
 }
 
@@ -797,7 +798,7 @@ struct WritingDx {
         const Vec<X> dyv = load_rest<X>(dy + bytes<X>(lane), n);
         const Vec<X> d = load_rest<X>(x + bytes<X>(lane), n) - hi;
         const Vec<X> a = rstd * load_rest<T>(w + bytes<T>(lane), n);
-        put<X, Stream>(dx + bytes<X>(lane), (dyv * a - (d * rstd) * e) + c, n);
+        put<X, Stream>(dx + bytes<X>(lane), dx_of<Vec<X>>(dyv, d, rstd, a, e, c), n);
         if constexpr (Sum) {
             const Vec<X> xhat = (kLoose ? d : d - lo) * rstd;
             add(sum, n < kWidth<X> ? keep_first<T>(dyv, n) : dyv);

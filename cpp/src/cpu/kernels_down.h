@@ -222,8 +222,10 @@ NK_INLINE void apply_down_chunk(In x, Out y, In w, In b, Statistics<Compute<X>> 
     const auto load_row_parameters = [&](index_t r) NK_INLINE_LAMBDA {
 #pragma GCC unroll 4
         for (int i = 0; i < V; ++i) {
-            a[i] = rstd[i] * load_parameter<X, WLane, V>(w, r, i, n);
-            c[i] = bias_term<Vec<X>>(a[i], hi[i], lo[i], load_parameter<X, WLane, V>(b, r, i, n));
+            const YTerms<Vec<X>> terms = y_terms<Vec<X>>(hi[i], lo[i], rstd[i], load_parameter<X, WLane, V>(w, r, i, n),
+                                                         load_parameter<X, WLane, V>(b, r, i, n));
+            a[i] = terms.a;
+            c[i] = terms.c;
         }
     };
     load_row_parameters(0);
@@ -395,12 +397,13 @@ NK_INLINE void apply_down_along(In x, Out y, In w, In b, Statistics<Compute<X>> 
     Terms<X, 3> terms;
     for_row<X>(lanes, 0, [&](index_t l, int n) NK_INLINE_LAMBDA {
         const index_t ow = WLane ? bytes<T>(l) : 0, at = first_term<X>(bundle) + l;
-        const Vec<X> a = load_term<X>(s.rstd + l, n) * load_parameter<X, WLane, 1>({w.p + ow, 0}, 0, 0, n);
-        const Vec<X> bv = load_parameter<X, WLane, 1>({b.p + ow, 0}, 0, 0, n), hi = load_term<X>(s.hi + l, n);
+        const Vec<X> hi = load_term<X>(s.hi + l, n);
+        const YTerms<Vec<X>> y = y_terms<Vec<X>>(hi, load_term<X>(s.lo + l, n), load_term<X>(s.rstd + l, n),
+                                                 load_parameter<X, WLane, 1>({w.p + ow, 0}, 0, 0, n),
+                                                 load_parameter<X, WLane, 1>({b.p + ow, 0}, 0, 0, n));
         put<T, false>(reinterpret_cast<char*>(terms.of[0] + at), hi, n);
-        put<T, false>(reinterpret_cast<char*>(terms.of[1] + at), a, n);
-        put<T, false>(reinterpret_cast<char*>(terms.of[2] + at),
-                      bias_term<Vec<X>>(a, hi, load_term<X>(s.lo + l, n), bv), n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[1] + at), y.a, n);
+        put<T, false>(reinterpret_cast<char*>(terms.of[2] + at), y.c, n);
     });
     repeat<X, 3>(terms, bundle);
     apply_terms<X, Stream>(x, y, terms, bundle, rows);
@@ -443,11 +446,6 @@ void apply_down(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows,
     } else {
         apply_down_rows<X, WLane, false>(x, y, w, b, s, rows, lanes);
     }
-}
-
-template <class V>
-NK_INLINE V dx_of(V dy, V d, V rstd, V a, V e, V c) {
-    return (dy * a - (d * rstd) * e) + c;
 }
 
 template <class X, bool SLane, bool WLane, bool Dx, bool Sum, bool Stream, int V>

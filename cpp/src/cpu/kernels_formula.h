@@ -62,6 +62,18 @@ NK_INLINE V bias_term(V a, V hi, V lo, V b) {
     return (hi == V{}) & (lo == V{}) ? b : bias_term<V>(a, lo, b);
 }
 
+// a and c of y.
+template <class V>
+struct YTerms {
+    V a, c;
+};
+template <class V>
+NK_INLINE YTerms<V> y_terms(V hi, V lo, V rstd, V w, V b) {
+    const V a = rstd * w;
+    return {a, bias_term<V>(a, hi, lo, b)};
+}
+
+// e and c of dx.
 template <class V>
 struct DxTerms {
     V e, c;
@@ -70,6 +82,10 @@ template <class V>
 NK_INLINE DxTerms<V> dx_terms(V lo, V rstd, V mean_g, V mean_g_xhat) {
     const V e = rstd * mean_g_xhat;
     return {e, (kLoose ? V{} : (lo * rstd) * e) - rstd * mean_g};
+}
+template <class V>
+NK_INLINE V dx_of(V dy, V d, V rstd, V a, V e, V c) {
+    return (dy * a - (d * rstd) * e) + c;
 }
 
 }  // namespace

@@ -87,9 +87,9 @@ void finish_stores() {
 #endif
 }
 
-// Pieces in even shares of neighbours. Taken one by one instead, by whoever comes first, they go to another thread in the
-// second sweep over an array than in the first, and in the next call again: where the cores of two threads have no cache
-// in common (chiplets, sockets), half of the lines then have to come from the other's.
+// Pieces in even shares of neighbours. Taken one by one instead, by whoever comes first, they go to another thread in
+// the second sweep over an array than in the first, and in the next call again: where the cores of two threads have no
+// cache in common (chiplets, sockets), half of the lines then have to come from the other's.
 class Shares {
   public:
     Shares(index_t pieces, int threads, Order order)
@@ -155,7 +155,9 @@ void run_pieces(index_t pieces, int threads, Order order, PieceFunction piece, c
     Watch* const watched = should_stop ? &shared : nullptr;
     if (threads <= 1) {
         const Watching watching(watched, true);
-        for (index_t i = 0; i < pieces && !gives_up(); ++i) piece(context, order == Order::forwards ? i : pieces - 1 - i);
+        for (index_t i = 0; i < pieces && !gives_up(); ++i) {
+            piece(context, order == Order::forwards ? i : pieces - 1 - i);
+        }
         finish_stores();
     }
 #if defined(_OPENMP)

@@ -19,8 +19,8 @@ void run_pieces(index_t pieces, int threads, Order order, PieceFunction piece, c
 // call too, and finds in its core's caches what it left there.
 template <class F>
 void parallel_for(index_t pieces, int threads, Order order, const F& f) {
-    run_pieces(pieces, threads, order, [](const void* context, index_t i) { (*static_cast<const F*>(context))(i); },
-               &f);
+    run_pieces(
+        pieces, threads, order, [](const void* context, index_t i) { (*static_cast<const F*>(context))(i); }, &f);
 }
 template <class F>
 void parallel_for(index_t pieces, int threads, const F& f) {

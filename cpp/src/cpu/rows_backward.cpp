@@ -108,14 +108,24 @@ class RowsBackward {
     // From the sums of the cells of n neighbouring sets (of all leaves of them, where by element) to what dx needs.
     void finish(index_t first, index_t n, const Sums* cells) {
         if (!wants_set_sums()) return;
-        const double count = static_cast<double>(plan_.set_size);
         const char* weight =
             call_.weight && !cells_.by_element ? call_.weight + plan_.kept.offset(kWeight, first) : nullptr;
+        if (!weight) return finish_with(first, n, cells, [](index_t) { return 1.0; });
+        // The dtype is asked for once: group norm has a weight for each of a few dozen elements.
+        with_dtype(call_.weight_dtype, [&](auto w) {
+            finish_with(first, n, cells, [weight](index_t at) {
+                return double{static_cast<T>(to_double(read<decltype(w)>(weight + at)))};
+            });
+        });
+    }
+
+    template <class WeightAt>
+    void finish_with(index_t first, index_t n, const Sums* cells, WeightAt weight_at) {
+        const double count = static_cast<double>(plan_.set_size);
         for (index_t i = 0; i < n; ++i) {
             Sums sums;
             for (index_t c = 0, all = index_.size(); c < all; ++c, ++cells) {
-                const index_t at = i * tiles_.next.stride[kWeight] + cell_offset(kWeight, c);
-                const double w = weight ? static_cast<T>(read_double(weight + at, call_.weight_dtype)) : 1;
+                const double w = weight_at(i * tiles_.next.stride[kWeight] + cell_offset(kWeight, c));
                 sums.g += w * cells->g;
                 sums.g_xhat += w * cells->g_xhat;
             }

@@ -1,0 +1,84 @@
+// How pieces of work are shared out: each is done once, whatever the number of threads; one thread takes them in order;
+// and several, each with a piece of its own, come to the same pieces in every loop, in either order. Built with and
+// without OpenMP.
+
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "../src/cpu/parallel.h"
+
+using normkit::index_t;
+using normkit::cpu::Order;
+using normkit::cpu::parallel_for;
+
+namespace {
+
+constexpr Order kOrders[] = {Order::forwards, Order::backwards};
+
+bool once_each(index_t pieces, int threads, Order order) {
+    std::unique_ptr<std::atomic<int>[]> done(new std::atomic<int>[pieces + 1]());
+    parallel_for(pieces, threads, order, [&](index_t i) { ++done[i]; });
+    for (index_t i = 0; i < pieces; ++i) {
+        if (done[i] != 1) return false;
+    }
+    return true;
+}
+
+bool in_order(Order order) {
+    std::vector<index_t> seen;
+    parallel_for(10, 1, order, [&](index_t i) { seen.push_back(i); });
+    for (index_t i = 0; i < 10; ++i) {
+        if (seen[i] != (order == Order::forwards ? i : 9 - i)) return false;
+    }
+    return seen.size() == 10;
+}
+
+// Who does each of as many pieces as there are threads, all at the same time; empty where they do not come together,
+// for want of threads.
+std::vector<std::thread::id> who(int threads, Order order) {
+    std::vector<std::thread::id> ids(threads);
+    std::atomic<int> here{0};
+    parallel_for(threads, threads, order, [&](index_t i) {
+        ids[i] = std::this_thread::get_id();
+        ++here;
+        const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+        while (here < threads && std::chrono::steady_clock::now() < until) std::this_thread::yield();
+    });
+    for (int i = 1; i < threads; ++i) {
+        if (ids[i] == ids[i - 1]) return {};
+    }
+    return ids;
+}
+
+}  // namespace
+
+int main() {
+    int failures = 0;
+    const auto expect = [&](bool right, const char* what, index_t pieces, int threads) {
+        if (right) return;
+        std::printf("%s: %lld pieces, %d threads\n", what, static_cast<long long>(pieces), threads);
+        ++failures;
+    };
+    for (const Order order : kOrders) {
+        for (const int threads : {1, 2, 3, 8, 64, 65, 130}) {
+            for (const index_t pieces : {0, 1, 2, 3, 7, 63, 64, 65, 131, 1000}) {
+                expect(once_each(pieces, threads, order), "not each piece once", pieces, threads);
+            }
+        }
+        expect(in_order(order), "one thread, out of order", 10, 1);
+    }
+    for (const int threads : {2, 3, 4}) {
+        const std::vector<std::thread::id> first = who(threads, Order::forwards);
+        if (first.empty()) {
+            std::printf("not checked: who does what on %d threads, which do not come together here\n", threads);
+            continue;
+        }
+        for (const Order order : kOrders) expect(who(threads, order) == first, "other threads", threads, threads);
+    }
+    if (failures == 0) std::printf("shares are as promised\n");
+    return failures != 0;
+}
