@@ -147,6 +147,33 @@ def test_same_bits_on_every_path(rng, case):
     same(everything(case, *arguments)[0], expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lanes", [1, 3, 16, 24, 48, 64, 80, 100, 640, 1040, 1680])
+def test_same_bits_wherever_results_lie(rng, dtype, lanes):
+    """Down the rows: results that begin within a line, on both kinds of store, and nothing beside them is written."""
+    rows, margin = 37, 128
+    dtype = np.dtype(dtype)
+    x, dy, weight, bias = (random(rng, shape, dtype=dtype.name) for shape in [(rows, lanes)] * 2 + [(lanes,)] * 2)
+    mean, var = random(rng, (lanes,)), np.full(lanes, 2, np.float32)
+    rstd = 1 / np.sqrt(var.astype(np.float64))
+    calls = (
+        lambda out: nk.batch_norm(x, None, None, weight, bias, True, out=out),
+        lambda out: nk.batch_norm(x, mean, var, weight, bias, out=out),
+        lambda out: nk.batch_norm_backward(dy, x, mean.astype(np.float64), rstd, weight, out=out)[0],
+    )
+    for call in calls:
+        with _debug.force(stream=False):
+            expected = call(None)
+        for isa, stream in product(_debug.isas(), (False, True)):
+            for past in (0, dtype.itemsize, 16, 48):
+                memory = np.full(x.nbytes + 2 * margin, 0xA5, np.uint8)
+                first = -memory.ctypes.data % 64 + past
+                out = memory[first : first + x.nbytes].view(dtype).reshape(x.shape)
+                with _debug.force(isa=isa, stream=stream):
+                    same([call(out)], [expected])
+                assert (memory[:first] == 0xA5).all() and (memory[first + x.nbytes :] == 0xA5).all()
+
+
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize(
     ("of_weight", "of_bias"), [(1, 0.0), (-1, -0.0), (np.inf, 0.0), (3e38, 1.0), (np.nan, 1.0)], ids=str

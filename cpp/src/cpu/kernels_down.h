@@ -249,10 +249,12 @@ NK_INLINE Statistics<T> shifted(Statistics<T> s, index_t by) {
     return {move(s.hi), move(s.lo), move(s.rstd), move(s.mean_g), move(s.mean_g_xhat), s.row};
 }
 
-// Non-temporal stores down the rows need all rows to reach a vector boundary after the same number of lanes.
+// Non-temporal stores down the rows need all rows to reach a vector boundary after the same number of lanes. Rows with
+// gaps in between begin and end each by themselves, as those of can_stream.
 template <class X>
-NK_INLINE bool can_stream_down(Out y) {
-    return reinterpret_cast<std::uintptr_t>(y.p) % sizeof(X) == 0 && y.row % kMemoryBytes<X> == 0;
+NK_INLINE bool can_stream_down(Out y, index_t lanes, bool without_gap) {
+    if (y.row % kMemoryBytes<X> != 0) return false;
+    return without_gap ? reinterpret_cast<std::uintptr_t>(y.p) % sizeof(X) == 0 : can_stream<X>(y, lanes);
 }
 
 // What is one a lane in the formula, N arrays of it, so short that together they leave room in L1 for what goes by.
@@ -294,9 +296,12 @@ NK_INLINE void for_row(index_t lanes, index_t head, F f) {
 // How rows go by that have their terms in common. `rows` of them, where memory has no gap in between, are taken for one
 // of `lanes` lanes with the terms repeated: vectors are part-filled where lanes are few or no multiple of a vector.
 // The first `head` lanes bring the result to a vector boundary; the terms are stored as far from one, so that loading
-// them crosses no cache line.
+// them crosses no cache line. Seamless: only those of the first bundle do, and all vectors behind them are whole,
+// across the ends of rows, whose terms go on with those of the next (a part-filled store at the ends of each row
+// between non-temporal ones: batch norm 32 x 64 x 56^2 in evaluation took 3.5 times as long).
 struct Bundle {
     index_t rows, lanes, head;
+    bool seamless;
 };
 template <class X>
 constexpr index_t kBundleLanes = kTermLanes<X, 5>;
@@ -313,7 +318,8 @@ NK_INLINE Bundle bundle_of(Out y, index_t rows, index_t lanes, bool without_gap)
         if (n < 1) n = 1;
     }
     const bool aligned_alike = y.row * n % kMemoryBytes<X> == 0;
-    return {n, n * lanes, Stream || (aligned_alike && n * lanes > few) ? head_of<X>(y) : 0};
+    const index_t head = Stream || (aligned_alike && n * lanes > few) ? head_of<X>(y) : 0;
+    return {n, n * lanes, head, Stream && without_gap && head > 0 && n * lanes % width == 0};
 }
 
 template <class X>
@@ -331,6 +337,7 @@ NK_INLINE void repeat(Terms<X, N>& terms, Bundle b) {
             __builtin_memcpy(first + done * lanes, first, more * lanes * sizeof *first);
             done += more;
         }
+        if (b.seamless) __builtin_memcpy(first + b.lanes, first, b.head * sizeof *first);
     }
 }
 
@@ -346,6 +353,25 @@ NK_INLINE bool in_registers(Bundle b, F f) {
         if (vectors == 4) f(std::integral_constant<int, 4>{});
     }
     return true;
+}
+
+// f(row, element behind its beginning, term, n) for the vectors of `rows` rows from number r on, bundle by bundle.
+template <class X, class F>
+NK_INLINE void for_bundles(Bundle b, index_t r, index_t rows, F f) {
+    const index_t lanes = b.lanes / b.rows;
+    if (b.seamless) {
+        const index_t all = rows * lanes;
+        f(index_t{0}, index_t{0}, index_t{0}, static_cast<int>(b.head < all ? b.head : all));
+        for (index_t at = b.head; at < all; at += b.lanes) {
+            for_row<X>(all - at < b.lanes ? all - at : b.lanes, 0,
+                       [=](index_t l, int n) NK_INLINE_LAMBDA { f(index_t{0}, at + l, b.head + l, n); });
+        }
+        return;
+    }
+    for (; r < rows; r += b.rows) {
+        for_row<X>(rows - r < b.rows ? (rows - r) * lanes : b.lanes, b.head,
+                   [=](index_t l, int n) NK_INLINE_LAMBDA { f(r, l, l, n); });
+    }
 }
 
 // Bytes ahead that are asked for to L2 where arrays come from memory and rows follow each other. Time with it over time
@@ -378,15 +404,12 @@ void apply_terms(In x, Out y, const Terms<X, 3>& terms, Bundle b, index_t rows) 
     // Where rows lie apart, the next one is asked for: it is a page or more away, where no hardware looks ahead (0.85
     // of the time of batch norm 32 x 1024 x 14^2 in evaluation; nothing or less in a backward pass, which reads two).
     const bool apart = x.row != bytes<X>(lanes);
-    for (; r < rows; r += b.rows) {
-        const char *px = x.at(r), *ahead = apart ? x.at(r + b.rows) : px + (Stream ? kAheadOfTerms : 0);
-        char* py = y.at(r);
-        for_row<X>(rows - r < b.rows ? (rows - r) * lanes : b.lanes, b.head, [=](index_t l, int n) NK_INLINE_LAMBDA {
-            if (Stream || apart) prefetch_far(ahead + bytes<X>(l));
-            const Vec<X> d = load_rest<X>(px + bytes<X>(l), n) - load_term<X>(hi + l, n);
-            put<X, Stream>(py + bytes<X>(l), d * load_term<X>(a + l, n) + load_term<X>(c + l, n), n);
-        });
-    }
+    for_bundles<X>(b, r, rows, [=](index_t row, index_t l, index_t t, int n) NK_INLINE_LAMBDA {
+        const char* px = x.at(row) + bytes<X>(l);
+        if (Stream || apart) prefetch_far(apart ? px + b.rows * x.row : px + kAheadOfTerms);
+        const Vec<X> d = load_rest<X>(px, n) - load_term<X>(hi + t, n);
+        put<X, Stream>(y.at(row) + bytes<X>(l), d * load_term<X>(a + t, n) + load_term<X>(c + t, n), n);
+    });
 }
 
 // w and b are the same for all rows; at most term_lanes of them.
@@ -441,7 +464,8 @@ NK_INLINE void apply_down_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s
 
 template <class X, bool WLane>
 void apply_down(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes, bool stream) {
-    if (stream && can_stream_down<X>(y)) {
+    const bool without_gap = w.row == 0 && b.row == 0 && x.row == bytes<X>(lanes) && y.row == x.row;
+    if (stream && can_stream_down<X>(y, lanes, without_gap)) {
         apply_down_rows<X, WLane, true>(x, y, w, b, s, rows, lanes);
     } else {
         apply_down_rows<X, WLane, false>(x, y, w, b, s, rows, lanes);
@@ -533,7 +557,7 @@ NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<Compute
 // As apply_terms.
 template <class X, bool Stream>
 void dx_terms_down(In dy, In x, Out dx, const Terms<X, 5>& terms, Bundle b, index_t rows) {
-    const index_t off = first_term<X>(b), lanes = b.lanes / b.rows;
+    const index_t off = first_term<X>(b);
     const Compute<X>*hi = terms.of[0] + off, *rstd = terms.of[1] + off, *a = terms.of[2] + off, *e = terms.of[3] + off,
           *c = terms.of[4] + off;
     index_t r = 0;
@@ -558,22 +582,18 @@ void dx_terms_down(In dy, In x, Out dx, const Terms<X, 5>& terms, Bundle b, inde
             }
         }
     });
-    for (; r < rows; r += b.rows) {
-        const char *pdy = dy.at(r), *px = x.at(r);
-        char* pdx = dx.at(r);
-        for_row<X>(rows - r < b.rows ? (rows - r) * lanes : b.lanes, b.head, [=](index_t l, int n) NK_INLINE_LAMBDA {
-            const index_t o = bytes<X>(l);
-            if constexpr (Stream) {
-                prefetch_far(pdy + o + kAheadOfTerms);
-                prefetch_far(px + o + kAheadOfTerms);
-            }
-            put<X, Stream>(pdx + o,
-                           dx_of<Vec<X>>(load_rest<X>(pdy + o, n), load_rest<X>(px + o, n) - load_term<X>(hi + l, n),
-                                         load_term<X>(rstd + l, n), load_term<X>(a + l, n), load_term<X>(e + l, n),
-                                         load_term<X>(c + l, n)),
-                           n);
-        });
-    }
+    for_bundles<X>(b, r, rows, [=](index_t row, index_t l, index_t t, int n) NK_INLINE_LAMBDA {
+        const char *pdy = dy.at(row) + bytes<X>(l), *px = x.at(row) + bytes<X>(l);
+        if constexpr (Stream) {
+            prefetch_far(pdy + kAheadOfTerms);
+            prefetch_far(px + kAheadOfTerms);
+        }
+        put<X, Stream>(dx.at(row) + bytes<X>(l),
+                       dx_of<Vec<X>>(load_rest<X>(pdy, n), load_rest<X>(px, n) - load_term<X>(hi + t, n),
+                                     load_term<X>(rstd + t, n), load_term<X>(a + t, n), load_term<X>(e + t, n),
+                                     load_term<X>(c + t, n)),
+                       n);
+    });
 }
 
 // w is the same for all rows; at most term_lanes of them.
@@ -654,7 +674,9 @@ constexpr index_t kRowByRow = 256;  // lanes
 template <class X, bool SLane, bool WLane>
 void backward_down(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes, double* sum_g,
                    double* sum_g_xhat, bool stream) {
-    const bool streamed = stream && can_stream_down<X>(dx);
+    const bool without_gap =
+        SLane && !sum_g && w.row == 0 && x.row == bytes<X>(lanes) && dy.row == x.row && dx.row == x.row;
+    const bool streamed = stream && can_stream_down<X>(dx, lanes, without_gap);
     if constexpr (!SLane && WLane) {
         if (dx.p && sum_g && lanes >= kRowByRow) {
             if (stream && can_stream<X>(dx, lanes)) {
