@@ -56,7 +56,8 @@ ROUND_SECONDS = 0.02
 # A contender that has used up its patience leaves after so many rounds: NumPy on 100 MB needs no seventh figure.
 PATIENCE_SECONDS = 0.5
 FEWEST_ROUNDS = 3
-# A round begins when each of its threads has a core, or after so many looks, so far apart.
+# A round begins when each of its threads has a core, or after so many looks, so far apart; after one that got none, the
+# next look once.
 CORES_PATIENCE = 20
 CORES_SECONDS = 0.2
 
@@ -120,6 +121,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, device: Device) -> None:
         self.options, self.device = options, device
         self.said: set[tuple[str, str]] = set()
+        self.cores_patience = CORES_PATIENCE
         self.normkit = Normkit(device)
         self.contenders: list[Contender] = []
         for key in options.contenders:
@@ -215,11 +217,14 @@ class Bench:
         return seconds, shared
 
     def gets_its_cores(self) -> bool:
-        """Wait for them, but not for ever."""
-        for _ in range(CORES_PATIENCE):
+        """Wait for them, but not for ever, and where there are none, not again."""
+        for look in range(self.cores_patience):
+            if look > 0:
+                time.sleep(CORES_SECONDS)
             if self.device.has_its_cores():
+                self.cores_patience = CORES_PATIENCE
                 return True
-            time.sleep(CORES_SECONDS)
+        self.cores_patience = 1
         return False
 
 

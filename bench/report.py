@@ -175,12 +175,13 @@ def lists(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
 
 def noise(rows: Sequence[Row]) -> str:
     ours, copy = (statistics.median(row["spread"][name] for row in rows) for name in ("normkit", "copy"))
-    others, shared = [row["others"] for row in rows], sum(row.get("shared", 0) for row in rows)
+    others, counts = [row["others"] for row in rows], [row.get("shared", 0) for row in rows]
+    shared, sharing = sum(counts), sum(map(bool, counts))
     return (
         f"noise: half of the rounds within {ours:.1%} of their row's median, those of the copy within {copy:.1%} "
         f"({max(row['spread']['copy'] for row in rows):.1%} in the worst row); other processes took "
         f"{statistics.median(others):.2f} cores in the median row, {max(others):.2f} in the worst"
-        f"{f'; in {shared} rounds threads had no core each' if shared else ''}"
+        f"{f'; rounds whose threads had no core each: {shared}, in {sharing} of {len(rows)} rows' if shared else ''}"
     )
 
 

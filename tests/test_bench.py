@@ -143,11 +143,12 @@ def compared(compare, path, *arguments):
 def test_rounds_wait_for_the_cores(modules, monkeypatch, tmp_path, capsys):
     compare, cpu = modules["compare"], modules["devices"].Cpu
     monkeypatch.setattr(compare, "CORES_SECONDS", 0)
-    looks = iter([False, False, True, *[False] * compare.CORES_PATIENCE, True])
+    patience = compare.CORES_PATIENCE
+    looks = iter([False, False, True, *[False] * patience, False, True, *[False] * (patience - 1), True])
     monkeypatch.setattr(cpu, "has_its_cores", lambda self: next(looks))
-    (row,) = compared(compare, tmp_path / "results.json", "--contenders", "", "--rounds", "3")
-    assert row["shared"] == 1 and next(looks, None) is None
-    assert "; in 1 rounds threads had no core each" in capsys.readouterr().out
+    (row,) = compared(compare, tmp_path / "results.json", "--contenders", "", "--rounds", "5")
+    assert row["shared"] == 2 and next(looks, None) is None
+    assert "; rounds whose threads had no core each: 2, in 1 of 1 rows" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity: Linux")
@@ -155,8 +156,8 @@ def test_two_threads_on_one_core_are_seen(modules):
     cpu = modules["devices"].Cpu
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
-    try:
-        assert not cpu(2).has_its_cores()
+    try:  # often: beside a third thread on that core, two are less than twice as slow as one
+        assert not all(cpu(2).has_its_cores() for _ in range(50))
     finally:
         os.sched_setaffinity(0, before)
     assert cpu(1).has_its_cores()

@@ -33,7 +33,7 @@ constexpr index_t kStreamRow = 32;
 constexpr index_t kNearSamples = index_t{16} << 20;
 
 // Bytes of a set of one row from which on it pays to do its sums beside the writing of another, where all of them come
-// from beyond L2. More for a forward pass whose arrays fit the last-level cache. Time row by row / in batches, float32:
+// from beyond L2. More for a forward pass that is not written past the caches. Time row by row / in batches, float32:
 // layer norm 25088 x 128 forward 0.7, backward 0.55 (two threads); 6272 x 256 backward 0.7, but forward 1.2; 4096 x 768
 // 0.75.
 constexpr index_t kLeastRow = 512, kLeastRowNear = 2048;

@@ -26,7 +26,7 @@ NK_INLINE void for_steps(index_t rows, index_t lanes, B& block, Beside& beside) 
     index_t steps = 0;
     for (index_t r = 0; r < rows; ++r) {
         block.row(r);
-        index_t at = 0;
+        index_t at = 0, asked = 0;
         while (lanes - at >= B::kLanes) {
             index_t todo = (lanes - at) / B::kLanes;
             if (todo > B::kSteps - steps) todo = B::kSteps - steps;
@@ -36,15 +36,21 @@ NK_INLINE void for_steps(index_t rows, index_t lanes, B& block, Beside& beside) 
                 index_t turns = todo / kStepsOfTurn;
                 if (turns > beside.turns() / B::kShare) turns = beside.turns() / B::kShare;
                 todo -= turns * kStepsOfTurn;
-                for (; turns > 0; --turns) {
+                for (; turns > 0; --turns, asked = at) {
                     block.ask_ahead(at);
 #pragma GCC unroll 2
                     for (int i = 0; i < kStepsOfTurn; ++i, at += B::kLanes) block.full(at);
 #pragma GCC unroll 2
                     for (int i = 0; i < B::kShare; ++i) beside.turn();
                 }
-                // No line may be left out: the wait for one is as long as the arithmetic of a thousand elements.
-                if (todo > 0 && at % kTurn == 0) block.ask_ahead(at);
+                // No line may be left out: the wait for one is as long as the arithmetic of hundreds of elements.
+                for (; todo > 0; --todo, at += B::kLanes) {
+                    if (at >= asked) {
+                        block.ask_ahead(at);
+                        asked = at + kTurn;
+                    }
+                    block.full(at);
+                }
             }
             for (; todo > 0; --todo, at += B::kLanes) block.full(at);
             if (steps == B::kSteps) {
@@ -53,7 +59,7 @@ NK_INLINE void for_steps(index_t rows, index_t lanes, B& block, Beside& beside) 
             }
         }
         if (at < lanes) {
-            if (asks && at % kTurn == 0) block.ask_ahead(at);
+            if (asks && at >= asked) block.ask_ahead(at);
             block.tail(at, static_cast<int>(lanes - at));
             if (++steps == B::kSteps) {
                 block.flush();
