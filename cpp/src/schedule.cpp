@@ -16,14 +16,23 @@ constexpr index_t kElementsPerThread = 16 * 1024;
 // process.
 constexpr int kMostThreads = 1024;
 
-// Results are written past the caches where all arrays of a call are at least this large together, if their rows are so
-// long that whole cache lines are most of what is written. `later`: a forward pass that does not go row by row, in long
-// rows. Less on one thread: two have more cache between them. Measured, as what the system says of L3 is no guide where
-// machines are shared: docs/decisions/0002-schedule.md.
-index_t stream_bytes(int threads, bool later) {
+// Bytes of all arrays of a call from which on they are taken to come from memory: what is read next is asked for, and
+// results are written past the caches, if their rows are so long that whole cache lines are most of what is written.
+// Measured, as what the system says of L3 is no guide where machines are shared: docs/decisions/0002-schedule.md.
+enum class Writes {
+    beside,  // a forward pass that writes one set beside the sums of another
+    after,   // one that writes when all sums have been taken
+    dx,
+    runs,  // a forward pass whose rows are short or cut
+};
+index_t far_bytes(Writes writes, int threads) {
     constexpr index_t kMiB = index_t{1} << 20;
-    if (threads > 1) return (later ? 32 : 18) * kMiB;
-    return (later ? 16 : 12) * kMiB;
+    const bool one = threads == 1;  // two have more cache between them
+    switch (writes) {
+        case Writes::beside: return (one ? 8 : 18) * kMiB;
+        case Writes::after: return (one ? 20 : 32) * kMiB;
+        default: return (one ? 12 : 18) * kMiB;
+    }
 }
 constexpr index_t kStreamRow = 32;
 
@@ -115,16 +124,19 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
         s.lanes = lanes_of_unit(lanes, merge);
     }
     const index_t all = plan.total * element * (arrays + 1);
-    const bool far = all >= stream_bytes(s.threads, false) || arrays > 1;
-    const bool long_rows = plan.set_size * element >= (far ? kLeastRow : kLeastRowNear);
+    const bool short_rows_pay = all >= far_bytes(Writes::runs, s.threads) || arrays > 1;
+    const bool long_rows = plan.set_size * element >= (short_rows_pay ? kLeastRow : kLeastRowNear);
     const bool beyond_l2 = plan.total * element > l2_bytes() / 2 * s.threads;
     const bool worth = beyond_l2 && (set_is_row(plan) ? long_rows : plan.run.size() >= kLeastRun);
     s.by_row = can_go_by_row(plan, element, arrays) && write && !given && s.resident && choose(forced.by_row, worth);
     const index_t row = plan.walk == Walk::rows ? plan.run.size() : plan.lane.extent * plan.merge.extent;
     const bool in_short_runs = plan.walk == Walk::rows ? row < kLeastRun : s.lanes < row;
-    const bool later = arrays == 1 && !s.by_row && !in_short_runs;
-    const bool streams = all >= stream_bytes(s.threads, later) && row >= kStreamRow;
-    s.stream = choose(forced.stream, write && !in_place && streams);
+    const Writes writes = arrays > 1      ? Writes::dx
+                          : s.by_row      ? Writes::beside
+                          : in_short_runs ? Writes::runs
+                                          : Writes::after;
+    s.far = all >= far_bytes(writes, s.threads);
+    s.stream = choose(forced.stream, write && !in_place && s.far && row >= kStreamRow);
     return s;
 }
 

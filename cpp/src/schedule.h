@@ -14,6 +14,7 @@ struct Schedule {
     bool resident = true;  // moments and apply (or sums and dx) on one unit before the next
     bool stream = false;   // non-temporal stores
     bool by_row = false;   // the sums of one set beside the writing of another
+    bool far = false;      // arrays come from memory: what is read next is asked for
     index_t lanes = 0;     // columns: neighbouring lanes in a unit, a multiple of merge.extent
 };
 

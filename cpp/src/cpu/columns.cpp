@@ -220,7 +220,7 @@ class ColumnsForward {
             Strided x{p + runs_x_.offset(kX, first), runs_x_.inner().stride[kX], lane, call_.dtype};
             for (index_t r = 0; r < rows && !gives_up(); r += kRowsBetweenQuestions) {
                 const index_t n = rows - r < kRowsBetweenQuestions ? rows - r : kRowsBetweenQuestions;
-                moments_down(k_, x, origin, n, u.lanes, r, plan_.center, mean, M2);
+                moments_down(k_, x, origin, n, u.lanes, r, plan_.center, schedule_.far, mean, M2);
                 x.p += n * x.row;
             }
             return;
@@ -231,7 +231,7 @@ class ColumnsForward {
             for (index_t l = 0; l < u.lanes; l += kGatherLanes) {
                 const index_t lanes = u.lanes - l < kGatherLanes ? u.lanes - l : kGatherLanes;
                 moments_down(k_, gather_rows(p + l * lane, call_.dtype, runs_x_, kX, lane, first + r, n, lanes, buffer),
-                             origin + l, n, lanes, r, plan_.center, mean + l, M2 + l);
+                             origin + l, n, lanes, r, plan_.center, false, mean + l, M2 + l);
             }
         }
     }
@@ -451,7 +451,7 @@ class ColumnsBackward {
         for (index_t r = 0; r < rows; r += kSumRows) {
             if (r % kRowsBetweenQuestions == 0 && gives_up()) return;
             const index_t n = rows - r < kSumRows ? rows - r : kSumRows;
-            backward(k_, dy, x, w, Strided{}, s, n, lanes, sum_g, sum_g_xhat, false);
+            backward(k_, dy, x, w, Strided{}, s, n, lanes, sum_g, sum_g_xhat, schedule_.far);
             for (Strided* operand : {&dy, &x, &w}) operand->p += n * operand->row;
         }
     }

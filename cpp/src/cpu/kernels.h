@@ -57,7 +57,7 @@ struct Unwritten {
     In w, b;
     Statistics<Compute<X>> s;
     index_t rows = 0, lanes = 0;
-    bool stream = false;
+    bool stream = false, far = false;             // far: what is summed beside comes from memory
     bool w_lane = false;                          // w, b: one a row, or one a lane,
     bool w_constant = false, b_constant = false;  // of which one vector may stand for all
     index_t row = 0, lane = 0;
@@ -74,7 +74,7 @@ struct BackwardRows {
     Out dx;
     Statistics<T> s;
     index_t rows = 0, lanes = 0;
-    bool stream = false;
+    bool stream = false, far = false;  // far: dy and x come from memory, and what is read next is asked for
     double *sum_g = nullptr, *sum_g_xhat = nullptr;
     void (*finish)(const void* context, index_t row, const Sums& sums) = nullptr;
     const void* context = nullptr;
@@ -97,8 +97,9 @@ struct Kernels {
 
     // Adds `rows` rows to the moments of each lane, which have seen `seen` rows so far. `rows` may be any number, but
     // only the last call for a lane may bring one that is not a multiple of kLeafRows. origin: as above, one a lane.
-    void (*moments_down)(In x, const T* origin, index_t rows, index_t lanes, index_t seen, bool center, double* mean,
-                         double* M2);
+    // far: x comes from memory, and the rows that follow are asked for.
+    void (*moments_down)(In x, const T* origin, index_t rows, index_t lanes, index_t seen, bool center, bool far,
+                         double* mean, double* M2);
 
     // y = ((x - hi) - lo) * rstd * w + b. Index 0: w, b are one value a row; 1: one a lane.
     // stream: non-temporal stores.
@@ -120,7 +121,8 @@ struct Kernels {
 
     // Down the rows: dx, or the sums of each lane, or both in one reading. First index: statistics are one entry a row
     // (0) or a lane (1); second: w likewise. Sums alone (dx.p null) are of g = w * dy, as the mean over S wants; beside
-    // dx they are of dy, as the gradient of w wants. They are added to sum_g, sum_g_xhat (null: no sums).
+    // dx they are of dy, as the gradient of w wants. They are added to sum_g, sum_g_xhat (null: no sums). stream: dx
+    // goes past the caches; for sums alone: dy and x come from memory, and the rows that follow are asked for.
     // Precondition for sums: rows <= kSumRows.
     void (*backward_down[2][2])(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, double* sum_g,
                                 double* sum_g_xhat, bool stream);

@@ -13,6 +13,7 @@ namespace {
 // elements took 1.4 times as long as 64 on layer norm 4096 x 768 (one thread of a Zen 4).
 constexpr index_t kTurn = 64;
 struct Nothing {
+    NK_INLINE bool asks() const { return false; }  // whether lines are to be asked for ahead
     NK_INLINE index_t turns() const { return std::numeric_limits<index_t>::max(); }
     NK_INLINE void turn() {}
 };
@@ -22,7 +23,8 @@ struct Nothing {
 // each turn of the block, B::kShare turns of what is done beside it.
 template <class B, class Beside>
 NK_INLINE void for_steps(index_t rows, index_t lanes, B& block, Beside& beside) {
-    const bool asks = !std::is_same_v<Beside, Nothing> || block.asks();
+    constexpr bool kTurns = !std::is_same_v<Beside, Nothing>;
+    const bool asks = beside.asks() || block.asks();
     index_t steps = 0;
     for (index_t r = 0; r < rows; ++r) {
         block.row(r);
@@ -31,20 +33,20 @@ NK_INLINE void for_steps(index_t rows, index_t lanes, B& block, Beside& beside) 
             index_t todo = (lanes - at) / B::kLanes;
             if (todo > B::kSteps - steps) todo = B::kSteps - steps;
             steps += todo;
-            if (asks) {
+            if (kTurns || asks) {
                 constexpr index_t kStepsOfTurn = kTurn / B::kLanes;
                 index_t turns = todo / kStepsOfTurn;
                 if (turns > beside.turns() / B::kShare) turns = beside.turns() / B::kShare;
                 todo -= turns * kStepsOfTurn;
                 for (; turns > 0; --turns, asked = at) {
-                    block.ask_ahead(at);
+                    if (asks) block.ask_ahead(at);
 #pragma GCC unroll 2
                     for (int i = 0; i < kStepsOfTurn; ++i, at += B::kLanes) block.full(at);
 #pragma GCC unroll 2
                     for (int i = 0; i < B::kShare; ++i) beside.turn();
                 }
                 // No line may be left out: the wait for one is as long as the arithmetic of hundreds of elements.
-                for (; todo > 0; --todo, at += B::kLanes) {
+                for (; asks && todo > 0; --todo, at += B::kLanes) {
                     if (at >= asked) {
                         block.ask_ahead(at);
                         asked = at + kTurn;
@@ -259,6 +261,54 @@ NK_INLINE double leaf_squares(In x, index_t rows, index_t lanes, Compute<X> pilo
     return squares.total;
 }
 
+// The squares of a leaf that is one run, as something to do beside the mean of another, and beside both whatever there
+// is.
+template <class X, class Beside>
+class Squaring {
+  public:
+    NK_INLINE Squaring(In x, index_t lanes, Compute<X> pilot, Beside& beside)
+        : block_{x, splat<X>(pilot), {}, {}, 0, {}}, lanes_(lanes), beside_(beside) {
+        block_.row(0);
+    }
+    NK_INLINE bool asks() const { return beside_.asks(); }
+    NK_INLINE index_t turns() const {
+        const index_t own = (lanes_ - at_) / Block::kLanes, others = beside_.turns() / 2;
+        return own < others ? own : others;
+    }
+    NK_INLINE void turn() {
+        step();
+        beside_.turn();  // as many turns as the mean and the squares would have had one after the other
+        beside_.turn();
+    }
+    NK_INLINE double rest() {
+        for (; lanes_ - at_ >= Block::kLanes && beside_.turns() > 0; beside_.turn()) step();
+        while (lanes_ - at_ >= Block::kLanes) step();
+        if (at_ < lanes_) {
+            block_.tail(at_, static_cast<int>(lanes_ - at_));
+            ++steps_;
+        }
+        if (steps_ > 0) block_.flush();
+        return block_.total;
+    }
+
+  private:
+    using Block = SquaresBlock<X, false>;
+    static_assert(Block::kLanes == kTurn);
+
+    NK_INLINE void step() {
+        block_.full(at_);
+        at_ += Block::kLanes;
+        if (++steps_ == Block::kSteps) {
+            block_.flush();
+            steps_ = 0;
+        }
+    }
+
+    Block block_;
+    index_t lanes_, at_ = 0, steps_ = 0;
+    Beside& beside_;
+};
+
 template <class X>
 NK_INLINE Moments loose_leaf(In x, index_t rows, index_t lanes) {
     const double count = static_cast<double>(rows * lanes);
@@ -269,15 +319,49 @@ NK_INLINE Moments loose_leaf(In x, index_t rows, index_t lanes) {
     return {count, pilot + off, M2_about_mean(block.total_squares, off, count)};
 }
 
-template <class X, class Beside>
+// A leaf whose squares are still to come.
+template <class X>
+struct MeanOfLeaf {
+    using T = Compute<X>;
+    In x;
+    double mean;
+    T pilot;
+    double off;  // the mean less the pilot
+
+    NK_INLINE MeanOfLeaf(In leaf, const T origin, double mean_of_leaf)
+        : x(leaf),
+          mean(mean_of_leaf),
+          pilot(static_cast<T>(origin + mean)),
+          off(mean - static_cast<double>(pilot - origin)) {}
+    NK_INLINE Moments with(double squares, double count) const {
+        return {count, mean, M2_about_mean(squares, off, count)};
+    }
+};
+
+// How leaves are summed: about zero, in one reading; about their means, in two, one after the other; or the squares of
+// one beside the mean of the next.
+enum class Leaf { about_zero, in_turn, overlapped };
+
+// Beside the squares of the leaf before, where leaves are long and each is one run. Conversions to double keep one unit
+// of a core busy, squares the others, and memory is never idle. One thread of a Zen 5, time of one after the other over
+// time with it: group NCHW 1 x 128 x 512^2 1.3, 32 x 256 x 56^2 1.17, instance 2 x 32 x 64^3 1.28; in L3 1.0. Other
+// instruction sets have too few registers.
+constexpr index_t kLeastOverlapped = 1024;
+NK_INLINE Leaf leaf_of(bool center, index_t rows, index_t lanes, index_t leaves) {
+    if (!center || kLoose) return Leaf::about_zero;
+    const bool can = kVectorBytes == 64 && rows == 1 && leaves > 1 && lanes >= kLeastOverlapped;
+    return can ? Leaf::overlapped : Leaf::in_turn;
+}
+
+template <class X, Leaf How, class Beside>
 NK_INLINE void moments_of_leaves(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves,
-                                 bool center, Moments* out, Beside& beside) {
+                                 [[maybe_unused]] bool center, Moments* out, Beside& beside) {
     using T = Compute<X>;
     const double count = static_cast<double>(rows * lanes);
-    if (!center || kLoose) {
+    if constexpr (How == Leaf::about_zero) {
         for (index_t i = 0; i < leaves; ++i, x.p += leaf) {
-            out[i] = center ? loose_leaf<X>(x, rows, lanes)
-                            : Moments{count, 0, leaf_squares<X, true>(x, rows, lanes, 0, beside)};
+            out[i] = kLoose && center ? loose_leaf<X>(x, rows, lanes)
+                                      : Moments{count, 0, leaf_squares<X, true>(x, rows, lanes, 0, beside)};
         }
         return;
     }
@@ -288,20 +372,40 @@ NK_INLINE void moments_of_leaves(In x, In origin, index_t rows, index_t lanes, i
     // The mean of the next leaf before the squares of this one: what is left of a sum at its end, folding and a
     // division, is latency, and hides behind other work.
     double next = leaf_mean<X>(x, rows, lanes, origin_of(0), beside);
-    for (index_t i = 0; i < leaves; ++i, x.p += leaf) {
+    for (index_t i = 0; i < leaves; ++i) {
         const double mean = next;
-        if (i + 1 < leaves) next = leaf_mean<X>(In{x.p + leaf, x.row}, rows, lanes, origin_of(i + 1), beside);
         const T from = origin_of(i), pilot = static_cast<T>(from + mean);
-        const double squares = leaf_squares<X, false>(x, rows, lanes, pilot, beside);
+        const In here = x;
+        x.p += leaf;
+        double squares;
+        if constexpr (How == Leaf::overlapped) {
+            Squaring<X, Beside> squaring(here, lanes, pilot, beside);
+            if (i + 1 < leaves) next = leaf_mean<X>(x, 1, lanes, origin_of(i + 1), squaring);
+            squares = squaring.rest();
+        } else {
+            if (i + 1 < leaves) next = leaf_mean<X>(x, rows, lanes, origin_of(i + 1), beside);
+            squares = leaf_squares<X, false>(here, rows, lanes, pilot, beside);
+        }
         out[i] = {count, mean, M2_about_mean(squares, mean - static_cast<double>(pilot - from), count)};
     }
+}
+
+// A function for each way: GCC 12 keeps sums in registers only where functions are not too large.
+template <class X, Leaf How>
+void moments_along_as(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
+                      Moments* out) {
+    Nothing nothing;
+    moments_of_leaves<X, How>(x, origin, rows, lanes, leaf, leaves, center, out, nothing);
 }
 
 template <class X>
 void moments_along(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
                    Moments* out) {
-    Nothing nothing;
-    moments_of_leaves<X>(x, origin, rows, lanes, leaf, leaves, center, out, nothing);
+    const Leaf how = leaf_of(center, rows, lanes, leaves);
+    const auto kernel = how == Leaf::about_zero ? moments_along_as<X, Leaf::about_zero>
+                        : how == Leaf::in_turn  ? moments_along_as<X, Leaf::in_turn>
+                                                : moments_along_as<X, Leaf::overlapped>;
+    kernel(x, origin, rows, lanes, leaf, leaves, center, out);
 }
 
 // Sums of g and of g * (x - hi): what makes of the second the sum of g * xhat is the same for the whole set.
@@ -597,6 +701,7 @@ struct Applying {
     char* y;
     index_t w_lanes = 0, b_lanes = 0;  // masks: 0 for a constant
     bool centred;                      // as in apply_along_rows: where not, b is added as it is
+    bool far;
     Vec<X> hi, lo, rstd, a = {}, c = {};
 
     NK_INLINE explicit Applying(const Unwritten<X>& tile)
@@ -605,7 +710,8 @@ struct Applying {
           x(tile.x.at(tile.row)),
           w(tile.w.at(tile.row)),
           b(tile.b.at(tile.row)),
-          y(tile.y.at(tile.row)) {
+          y(tile.y.at(tile.row)),
+          far(tile.far) {
         const index_t k = tile.row * tile.s.row;
         const T hi_row = tile.s.hi[k], lo_row = tile.s.lo[k], rstd_row = tile.s.rstd[k];
         centred = hi_row != 0 || lo_row != 0;
@@ -636,6 +742,7 @@ struct Applying {
         put<X, Stream>(y + bytes<X>(lane), d * av + cv, n);
         lane += n;
     }
+    NK_INLINE bool asks() const { return Stream || far; }
     NK_INLINE index_t turns() const { return (lanes - lane) / kElements; }
     NK_INLINE void turn() {
 #pragma GCC unroll 8
@@ -652,6 +759,7 @@ template <class X, bool WLane, bool Stream>
 class ApplyingTile {
   public:
     NK_INLINE explicit ApplyingTile(Unwritten<X>& tile) : tile_(tile), row_(tile) {}
+    NK_INLINE bool asks() const { return Stream || tile_.far; }
     NK_INLINE index_t turns() const { return tile_.done() ? 0 : std::numeric_limits<index_t>::max(); }
     NK_INLINE void turn() {
         if (tile_.done()) return;
@@ -670,24 +778,34 @@ class ApplyingTile {
     Applying<X, WLane, Stream> row_;
 };
 
-template <class X, bool WLane, bool Stream>
-NK_INLINE void moments_beside_tile(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves,
-                                   bool center, Moments* out, Unwritten<X>& tile) {
+template <class X, Leaf How, bool WLane, bool Stream>
+void moments_beside_tile(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
+                         Moments* out, Unwritten<X>& tile) {
     const index_t left = tile.rows - tile.row, per_row = leaves / left;
-    if (per_row * left == leaves && tile.lane == 0) {
+    if (How != Leaf::overlapped && per_row * left == leaves && tile.lane == 0) {
         // In step, row by row: what is known of a row then stays in registers.
         for (; !tile.done(); ++tile.row) {
             Applying<X, WLane, Stream> applying(tile);
             for (index_t i = 0; i < per_row; ++i, x.p += leaf, origin.p += origin.row) {
-                moments_of_leaves<X>(x, origin, rows, lanes, 0, 1, center, out++, applying);
+                moments_of_leaves<X, How>(x, origin, rows, lanes, 0, 1, center, out++, applying);
             }
             applying.rest();
         }
         return;
     }
     ApplyingTile<X, WLane, Stream> applying(tile);
-    moments_of_leaves<X>(x, origin, rows, lanes, leaf, leaves, center, out, applying);
+    moments_of_leaves<X, How>(x, origin, rows, lanes, leaf, leaves, center, out, applying);
     applying.leave();
+}
+
+template <class X, bool WLane, bool Stream>
+NK_INLINE void moments_beside_as(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves,
+                                 bool center, Moments* out, Unwritten<X>& tile) {
+    const Leaf how = leaf_of(center, rows, lanes, leaves);
+    const auto kernel = how == Leaf::about_zero ? moments_beside_tile<X, Leaf::about_zero, WLane, Stream>
+                        : how == Leaf::in_turn  ? moments_beside_tile<X, Leaf::in_turn, WLane, Stream>
+                                                : moments_beside_tile<X, Leaf::overlapped, WLane, Stream>;
+    kernel(x, origin, rows, lanes, leaf, leaves, center, out, tile);
 }
 
 template <class X, bool WLane>
@@ -696,9 +814,9 @@ void moments_beside(In x, In origin, index_t rows, index_t lanes, index_t leaf, 
     if (tile.done()) {
         moments_along<X>(x, origin, rows, lanes, leaf, leaves, center, out);
     } else if (tile.stream && can_stream<X>(tile.y, tile.lanes)) {
-        moments_beside_tile<X, WLane, true>(x, origin, rows, lanes, leaf, leaves, center, out, tile);
+        moments_beside_as<X, WLane, true>(x, origin, rows, lanes, leaf, leaves, center, out, tile);
     } else {
-        moments_beside_tile<X, WLane, false>(x, origin, rows, lanes, leaf, leaves, center, out, tile);
+        moments_beside_as<X, WLane, false>(x, origin, rows, lanes, leaf, leaves, center, out, tile);
     }
 }
 
@@ -773,6 +891,7 @@ struct WritingDx {
     const char *dy = nullptr, *x = nullptr, *w = nullptr;
     char* dx = nullptr;
     T *sum = nullptr, *sum_xhat = nullptr;
+    bool far = false;
     Vec<X> hi = {}, lo = {}, rstd = {}, e = {}, c = {};
 
     NK_INLINE WritingDx(const BackwardRows<T>& all, index_t r, T* sums, T* sums_xhat)
@@ -782,7 +901,8 @@ struct WritingDx {
           w(all.w.at(r)),
           dx(all.dx.at(r)),
           sum(sums),
-          sum_xhat(sums_xhat) {
+          sum_xhat(sums_xhat),
+          far(all.far) {
         const Statistics<T>& s = all.s;
         const index_t i = r * s.row;
         const DxTerms<T> terms = dx_terms<T>(s.lo[i], s.rstd[i], s.mean_g[i], s.mean_g_xhat[i]);
@@ -812,6 +932,7 @@ struct WritingDx {
         }
         lane += n;
     }
+    NK_INLINE bool asks() const { return Stream || far; }
     NK_INLINE index_t turns() const { return (lanes - lane) / kElements; }
     NK_INLINE void turn() {
 #pragma GCC unroll 16

@@ -83,126 +83,212 @@ NK_INLINE void store_doubles(double* p, const Doubles<X, V>& v, int n) {
     }
 }
 
-// One leaf of `rows` <= kLeafRows rows, V vectors of lanes: the mean in double, the squares about it in X (two chains),
-// merged in double. As in leaf_along.
-template <class X, bool Center, int V>
-NK_INLINE void leaf_down(In x, const Compute<X>* origin, index_t rows, int n, double seen, double* mean, double* M2) {
+// The moments of a leaf of `rows` <= kLeafRows rows, V vectors of lanes: the mean in double, then the squares about it
+// in X, one chain for the even rows and one for the odd ones. As along the lanes.
+//
+// Row by row in both parts, so that the squares of one chunk can be taken beside the mean of the next (leaves_down).
+template <class X, int V>
+class LeafChunk {
+  public:
     using T = Compute<X>;
-    constexpr int W = Widened<T>::kVectors;
-    const double count = static_cast<double>(rows);
-    Doubles<X, V> means = {};
+    static constexpr int W = Widened<T>::kVectors;
     // What is read twice is put side by side in L1, where rows a power of two apart would not stay: forward 15 % on
     // batch NHWC 32 x 14^2 x 1024, 10 % on group NHWC 1 x 64^2 x 512, nothing where x is in L2.
-    constexpr bool kStaged = Center && !kLoose && V > 1;
-    [[maybe_unused]] Vec<X> staged[kStaged ? V * kLeafRows : 1];
-    const auto again = [&](index_t r, int i) NK_INLINE_LAMBDA {
-        if constexpr (kStaged) {
-            return staged[r * V + i];
-        } else {
-            return load_chunk<X, V>(x.at(r), i, n);
-        }
-    };
-    // About which squares are taken, and the same less the origin.
-    Vec<X> pilot[V] = {}, pilot_off[V] = {};
-    if constexpr (Center && !kLoose) {
-        Vec<X> from[V] = {};
-        if constexpr (kAboutOrigin<X>) load_lanes<X, V>(from, origin, n);
-        const Adder<double> plus;
-        for (index_t r = 0; r < rows; ++r) {
+    using Staged = Vec<X>[V * kLeafRows];
+
+    NK_INLINE LeafChunk(In x, const T* origin, int n) : x_(x), n_(n) {
+        if constexpr (kAboutOrigin<X>) load_lanes<X, V>(from_, origin, n);
+    }
+
+    template <bool Far>
+    NK_INLINE void mean_row(index_t r, Staged& staged) {
 #pragma GCC unroll 4
-            for (int i = 0; i < V; ++i) {
-                if constexpr (V > 1) prefetch_far(x.at(r + kLeafRows) + i * kMemoryBytes<X>);
-                const Vec<X> v = load_chunk<X, V>(x.at(r), i, n);
-                if constexpr (kStaged) staged[r * V + i] = v;
-                if constexpr (kAboutOrigin<X>) {
-                    means[i].v[0] += v - from[i];
-                } else {
-                    const Widened<T> wide = V > 1 ? load_widened<X>(x.at(r) + i * kMemoryBytes<X>) : widened<T>(v);
+        for (int i = 0; i < V; ++i) {
+            const char* const p = x_.at(r) + i * kMemoryBytes<X>;
+            if constexpr (Far) prefetch_far(p + kLeafRows * x_.row);
+            const Vec<X> v = load_chunk<X, V>(x_.at(r), i, n_);
+            staged[r * V + i] = v;
+            if constexpr (kAboutOrigin<X>) {
+                means_[i].v[0] += v - from_[i];
+            } else {
+                const Widened<T> wide = V > 1 ? load_widened<X>(p) : widened<T>(v);
 #pragma GCC unroll 2
-                    for (int j = 0; j < W; ++j) means[i].v[j] = plus(means[i].v[j], wide.v[j]);
-                }
+                for (int j = 0; j < W; ++j) means_[i].v[j] = plus_(means_[i].v[j], wide.v[j]);
             }
         }
+    }
+    // The mean has all its rows.
+    NK_INLINE void finish_mean(index_t rows) {
 #pragma GCC unroll 4
         for (int i = 0; i < V; ++i) {
 #pragma GCC unroll 2
             for (int j = 0; j < W; ++j) {
                 // A power of two: multiplying is dividing, bit for bit.
-                means[i].v[j] = rows == kLeafRows ? means[i].v[j] * (1.0 / kLeafRows) : means[i].v[j] / count;
+                means_[i].v[j] =
+                    rows == kLeafRows ? means_[i].v[j] * (1.0 / kLeafRows) : means_[i].v[j] / static_cast<double>(rows);
             }
-            pilot[i] = pilot_off[i] = narrowed<T>(means[i]);
-            if constexpr (kAboutOrigin<X>) {
-                pilot[i] = pilot[i] + from[i];
-                pilot_off[i] = pilot[i] - from[i];
-            }
+            pilot_[i] = narrowed<T>(means_[i]);
+            if constexpr (kAboutOrigin<X>) pilot_[i] = pilot_[i] + from_[i];
         }
     }
-    Vec<X> squares[2][V] = {}, loose_sum[V] = {};
-    if constexpr (Center && kLoose) {
-#pragma GCC unroll 4
-        for (int i = 0; i < V; ++i) pilot[i] = pilot_off[i] = load_chunk<X, V>(x.p, i, n);
-    }
-    index_t r = 0;
-    for (; r + 1 < rows; r += 2) {
+    template <int Odd>
+    NK_INLINE void squares_row(index_t r, const Staged& staged) {
 #pragma GCC unroll 4
         for (int i = 0; i < V; ++i) {
-            const Vec<X> even = again(r, i) - pilot[i];
-            const Vec<X> odd = again(r + 1, i) - pilot[i];
-            squares[0][i] += even * even;
-            squares[1][i] += odd * odd;
-            if constexpr (kLoose) loose_sum[i] += even + odd;
+            const Vec<X> d = staged[r * V + i] - pilot_[i];
+            squares_[Odd][i] += d * d;
         }
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) {
-        if (r < rows) {
-            const Vec<X> even = again(r, i) - pilot[i];
-            squares[0][i] += even * even;
-            if constexpr (kLoose) loose_sum[i] += even;
-        }
-        squares[0][i] += squares[1][i];
     }
     // Moments::merge, with the divisions of the counts taken out of the loop (all lanes have seen the same rows).
-    const double share = count / (seen + count);
-    const double weight = seen * share;
-    Doubles<X, V> old_mean, old_M2;
-    load_doubles<X, V>(old_mean, mean, n);
-    load_doubles<X, V>(old_M2, M2, n);
+    NK_INLINE void merge(double count, double seen, double* mean, double* M2) const {
+        const double share = count / (seen + count), weight = seen * share;
+        Doubles<X, V> all_mean, all_M2;
+        load_doubles<X, V>(all_mean, mean, n_);
+        load_doubles<X, V>(all_M2, M2, n_);
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
+            const Vec<X> pilot = kAboutOrigin<X> ? pilot_[i] - from_[i] : pilot_[i];  // less the origin, as the mean is
+            const Widened<T> about = widened<T>(pilot), squares = widened<T>(squares_[0][i] + squares_[1][i]);
+#pragma GCC unroll 2
+            for (int j = 0; j < W; ++j) {
+                const Vec<double> off = means_[i].v[j] - about.v[j], delta = means_[i].v[j] - all_mean[i].v[j];
+                all_mean[i].v[j] += delta * share;
+                all_M2[i].v[j] += M2_about_mean(squares.v[j], off, count) + delta * delta * weight;
+            }
+        }
+        store_doubles<X, V>(mean, all_mean, n_);
+        store_doubles<X, V>(M2, all_M2, n_);
+    }
+
+  private:
+    In x_;
+    int n_;
+    Vec<X> from_[V] = {}, pilot_[V] = {}, squares_[2][V] = {};
+    Doubles<X, V> means_ = {};
+    Adder<double> plus_;
+};
+
+// f(row, 0 or 1 as a constant), for even and odd rows.
+template <class F>
+NK_INLINE void for_row_pairs(index_t rows, F f) {
+    index_t r = 0;
+    for (; r + 1 < rows; r += 2) {
+        f(r, std::integral_constant<int, 0>{});
+        f(r + 1, std::integral_constant<int, 1>{});
+    }
+    if (r < rows) f(r, std::integral_constant<int, 0>{});
+}
+
+// A leaf of all lanes, V vectors of them at a time, as many as there are: from lane `first` on, to the lane returned.
+// The mean of a chunk is taken beside the squares of the one before: a core does one conversion to double at a time,
+// and has room for the squares meanwhile (one thread of a Zen 5, x in L2: 0.85 of the time of one after the other).
+template <class X, bool Far, int V>
+NK_INLINE index_t leaves_down(In x, const Compute<X>* origin, index_t rows, index_t lanes, index_t first, double seen,
+                              double* mean, double* M2) {
+    constexpr index_t kLanes = V * kWidth<X>;
+    if (lanes - first < kLanes) return first;
+    const double count = static_cast<double>(rows);
+    const auto chunk_at = [=](index_t lane) NK_INLINE_LAMBDA {
+        return LeafChunk<X, V>({x.p + bytes<X>(lane), x.row}, kAboutOrigin<X> ? origin + lane : nullptr, kWidth<X>);
+    };
+    typename LeafChunk<X, V>::Staged staged[2];
+    LeafChunk<X, V> last = chunk_at(first);
+    for (index_t r = 0; r < rows; ++r) last.template mean_row<Far>(r, staged[0]);
+    last.finish_mean(rows);
+    index_t lane = first + kLanes;
+    for (int turn = 1; lanes - lane >= kLanes; lane += kLanes, turn ^= 1) {
+        LeafChunk<X, V> next = chunk_at(lane);
+        for_row_pairs(rows, [&](index_t r, auto odd) NK_INLINE_LAMBDA {
+            next.template mean_row<Far>(r, staged[turn]);
+            last.template squares_row<odd>(r, staged[turn ^ 1]);
+        });
+        last.merge(count, seen, mean + lane - kLanes, M2 + lane - kLanes);
+        next.finish_mean(rows);
+        last = next;
+    }
+    const index_t turn = (lane - first) / kLanes % 2;  // of the chunk after the last
+    for_row_pairs(rows,
+                  [&](index_t r, auto odd) NK_INLINE_LAMBDA { last.template squares_row<odd>(r, staged[turn ^ 1]); });
+    last.merge(count, seen, mean + lane - kLanes, M2 + lane - kLanes);
+    return lane;
+}
+
+// The same about 0 (rms) or, in the loose build, about the first row: in one reading.
+template <class X, bool Center, int V>
+NK_INLINE void leaf_in_one_reading(In x, index_t rows, int n, double seen, double* mean, double* M2) {
+    using T = Compute<X>;
+    const double count = static_cast<double>(rows), share = count / (seen + count), weight = seen * share;
+    Vec<X> pilot[V] = {}, squares[2][V] = {}, sum[V] = {};
+#pragma GCC unroll 4
+    for (int i = 0; Center && i < V; ++i) pilot[i] = load_chunk<X, V>(x.p, i, n);
+    for_row_pairs(rows, [&](index_t r, auto odd) NK_INLINE_LAMBDA {
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) {
+            const Vec<X> d = load_chunk<X, V>(x.at(r), i, n) - pilot[i];
+            squares[odd][i] += d * d;
+            if constexpr (Center) sum[i] += d;
+        }
+    });
+    Doubles<X, V> all_mean, all_M2;
+    load_doubles<X, V>(all_mean, mean, n);
+    load_doubles<X, V>(all_M2, M2, n);
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) {
-        const Widened<T> all = widened<T>(squares[0][i]), about = widened<T>(pilot_off[i]);
-        [[maybe_unused]] const Widened<T> loose = widened<T>(loose_sum[i]);
+        const Widened<T> all = widened<T>(squares[0][i] + squares[1][i]);
+        [[maybe_unused]] const Widened<T> about = widened<T>(pilot[i]), sums = widened<T>(sum[i]);
 #pragma GCC unroll 2
-        for (int j = 0; j < W; ++j) {
-            if constexpr (!Center) {
-                old_M2[i].v[j] += all.v[j];
+        for (int j = 0; j < Widened<T>::kVectors; ++j) {
+            if constexpr (Center) {
+                const Vec<double> off = sums.v[j] / count, delta = about.v[j] + off - all_mean[i].v[j];
+                all_mean[i].v[j] += delta * share;
+                all_M2[i].v[j] += M2_about_mean(all.v[j], off, count) + delta * delta * weight;
             } else {
-                const Vec<double> here = kLoose ? about.v[j] + loose.v[j] / count : means[i].v[j];
-                const Vec<double> off = here - about.v[j], delta = here - old_mean[i].v[j];
-                old_mean[i].v[j] += delta * share;
-                old_M2[i].v[j] += M2_about_mean(all.v[j], off, count) + delta * delta * weight;
+                all_M2[i].v[j] += all.v[j];
             }
         }
     }
-    if constexpr (Center) store_doubles<X, V>(mean, old_mean, n);
-    store_doubles<X, V>(M2, old_M2, n);
+    if constexpr (Center) store_doubles<X, V>(mean, all_mean, n);
+    store_doubles<X, V>(M2, all_M2, n);
+}
+
+template <class X, bool Far>
+NK_INLINE void leaf_down(In x, const Compute<X>* origin, index_t rows, index_t lanes, double seen, bool center,
+                         double* mean, double* M2) {
+    if (!center || kLoose) {
+        for_chunks<X>(lanes, [=](index_t lane, auto v, int n) NK_INLINE_LAMBDA {
+            const In at{x.p + bytes<X>(lane), x.row};
+            if (kLoose && center) {
+                leaf_in_one_reading<X, kLoose, v>(at, rows, n, seen, mean + lane, M2 + lane);
+            } else {
+                leaf_in_one_reading<X, false, v>(at, rows, n, seen, mean + lane, M2 + lane);
+            }
+        });
+        return;
+    }
+    index_t lane = leaves_down<X, Far, kChunk>(x, origin, rows, lanes, 0, seen, mean, M2);
+    lane = leaves_down<X, Far, 1>(x, origin, rows, lanes, lane, seen, mean, M2);
+    if (lane == lanes) return;
+    LeafChunk<X, 1> rest({x.p + bytes<X>(lane), x.row}, kAboutOrigin<X> ? origin + lane : nullptr,
+                         static_cast<int>(lanes - lane));
+    typename LeafChunk<X, 1>::Staged staged;
+    for (index_t r = 0; r < rows; ++r) rest.template mean_row<false>(r, staged);
+    rest.finish_mean(rows);
+    for_row_pairs(rows, [&](index_t r, auto odd) NK_INLINE_LAMBDA { rest.template squares_row<odd>(r, staged); });
+    rest.merge(static_cast<double>(rows), seen, mean + lane, M2 + lane);
 }
 
 template <class X>
-void moments_down(In x, const Compute<X>* origin, index_t rows, index_t lanes, index_t seen, bool center, double* mean,
-                  double* M2) {
+void moments_down(In x, const Compute<X>* origin, index_t rows, index_t lanes, index_t seen, bool center, bool far,
+                  double* mean, double* M2) {
     for (index_t r = 0; r < rows; r += kLeafRows) {
-        const index_t n_rows = rows - r < kLeafRows ? rows - r : kLeafRows;
+        const In leaf{x.at(r), x.row};
+        const index_t n = rows - r < kLeafRows ? rows - r : kLeafRows;
         const double before = static_cast<double>(seen + r);
-        for_chunks<X>(lanes, [=](index_t lane, auto v, int n) NK_INLINE_LAMBDA {
-            const In at{x.at(r) + bytes<X>(lane), x.row};
-            const Compute<X>* from = kAboutOrigin<X> ? origin + lane : nullptr;
-            if (center) {
-                leaf_down<X, true, v>(at, from, n_rows, n, before, mean + lane, M2 + lane);
-            } else {
-                leaf_down<X, false, v>(at, from, n_rows, n, before, mean + lane, M2 + lane);
-            }
-        });
+        if (far) {
+            leaf_down<X, true>(leaf, origin, n, lanes, before, center, mean, M2);
+        } else {
+            leaf_down<X, false>(leaf, origin, n, lanes, before, center, mean, M2);
+        }
     }
 }
 
@@ -520,7 +606,7 @@ NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<Compute
         }
 #pragma GCC unroll 4
         for (int i = 0; i < V; ++i) {
-            if constexpr (Sum && !Dx && V > 1) {
+            if constexpr (Sum && !Dx && Stream && V > 1) {
                 prefetch_far(dy.at(r + kSumRows) + i * kMemoryBytes<X>);
                 prefetch_far(x.at(r + kSumRows) + i * kMemoryBytes<X>);
             }
@@ -646,7 +732,7 @@ NK_INLINE void backward_down_rows(In dy, In x, In w, Out dx, Statistics<Compute<
                     shifted(s, SLane ? lane : r * s.row), n_rows, n, Sum ? sum_g + lane : sum_g,
                     Sum ? sum_g_xhat + lane : sum_g_xhat);
             },
-            Stream ? head_of<X>(dx) : 0);
+            Dx && Stream ? head_of<X>(dx) : 0);
     }
 }
 
@@ -688,7 +774,11 @@ void backward_down(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t 
         }
     }
     if (!dx.p) {
-        backward_down_rows<X, SLane, WLane, false, true, false>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
+        if (stream) {
+            backward_down_rows<X, SLane, WLane, false, true, true>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
+        } else {
+            backward_down_rows<X, SLane, WLane, false, true, false>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
+        }
     } else if (!sum_g) {
         if (streamed) {
             backward_down_rows<X, SLane, WLane, true, false, true>(dy, x, w, dx, s, rows, lanes, nullptr, nullptr);

@@ -355,7 +355,7 @@ class RowsBackward {
                              operand(call_.x, call_.dtype, at, tile, kX),
                              parameter(call_.weight, call_.weight_dtype, at, tile, kWeight, one<T>()),
                              operand(call_.dx, call_.dtype, at, tile, kY), statistics_.tile(at[kSet], 1, 0, rows), rows,
-                             lanes, sum_g, sum_g_xhat, schedule_.stream, finish_row, &context);
+                             lanes, sum_g, sum_g_xhat, schedule_.stream, schedule_.far, finish_row, &context);
     }
 
     struct RowsFrom {

@@ -352,7 +352,8 @@ class RowsForward {
                 s,
                 tile.rows,
                 tile.lanes,
-                schedule_.stream};
+                schedule_.stream,
+                schedule_.far};
     }
 
     const Plan& plan_;

@@ -195,7 +195,7 @@ void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided 
 template <class X>
 bool backward_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx,
                    const TileStatistics<Compute<X>>& s, index_t rows, index_t lanes, double* sum_g, double* sum_g_xhat,
-                   bool stream, void (*finish)(const void*, index_t, const Sums&), const void* context) {
+                   bool stream, bool far, void (*finish)(const void*, index_t, const Sums&), const void* context) {
     using T = Compute<X>;
     if (w.p == one<T>().p && lanes <= kConstantLanes<T>) w.lane = sizeof(T);
     if (s.scale || !contiguous<X>(dy, lanes) || !contiguous<X>(x, lanes) || !contiguous<X>(dx, lanes) ||
@@ -203,7 +203,7 @@ bool backward_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Str
         return false;
     }
     k.direct.backward_rows(
-        {in(dy), in(x), in(w), out_of(dx), s, rows, lanes, stream, sum_g, sum_g_xhat, finish, context});
+        {in(dy), in(x), in(w), out_of(dx), s, rows, lanes, stream, far, sum_g, sum_g_xhat, finish, context});
     return true;
 }
 
@@ -264,7 +264,7 @@ template <class X>
 bool to_write_beside(const ApplyTo<X>& t, Unwritten<X>* out) {
     using T = Compute<X>;
     if (t.s.lane || !contiguous<X>(t.x, t.lanes) || !contiguous<X>(t.y, t.lanes)) return false;
-    *out = {in(t.x), out_of(t.y), in(t.w), in(t.b), t.s, t.rows, t.lanes, t.stream};
+    *out = {in(t.x), out_of(t.y), in(t.w), in(t.b), t.s, t.rows, t.lanes, t.stream, t.far};
     if (per_row<T>(t.w, t.lanes) && per_row<T>(t.b, t.lanes)) return true;
     out->w_lane = true;
     out->w_constant = t.w.p == one<T>().p;
@@ -286,9 +286,9 @@ void write_rest(const KernelPair<X>& k, const ApplyTo<X>& t, Unwritten<X>* writt
 
 template <class X>
 void moments_down(const KernelPair<X>& k, Strided x, const Compute<X>* origin, index_t rows, index_t lanes,
-                  index_t seen, bool center, double* mean, double* M2) {
+                  index_t seen, bool center, bool far, double* mean, double* M2) {
     if (contiguous<X>(x, lanes)) {
-        k.direct.moments_down(in(x), origin, rows, lanes, seen, center, mean, M2);
+        k.direct.moments_down(in(x), origin, rows, lanes, seen, center, far, mean, M2);
         return;
     }
     Compute<X> px[kLeafRows * kPatchLanes];
@@ -297,8 +297,8 @@ void moments_down(const KernelPair<X>& k, Strided x, const Compute<X>* origin, i
         for (index_t l = 0; l < lanes; l += kPatchLanes) {
             const index_t n = lanes - l < kPatchLanes ? lanes - l : kPatchLanes;
             gather(shifted(x, r, l), n_rows, n, px);
-            k.packed.moments_down(packed(px, n), origin ? origin + l : origin, n_rows, n, seen + r, center, mean + l,
-                                  M2 + l);
+            k.packed.moments_down(packed(px, n), origin ? origin + l : origin, n_rows, n, seen + r, center, false,
+                                  mean + l, M2 + l);
         }
     }
 }
@@ -323,10 +323,10 @@ template Strided zero<double>();
     template bool to_write_beside<X>(const ApplyTo<X>&, Unwritten<X>*);                                                \
     template void write_rest<X>(const KernelPair<X>&, const ApplyTo<X>&, Unwritten<X>*);                               \
     template bool backward_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&, \
-                                   index_t, index_t, double*, double*, bool,                                           \
+                                   index_t, index_t, double*, double*, bool, bool,                                     \
                                    void (*)(const void*, index_t, const Sums&), const void*);                          \
-    template void moments_down<X>(const KernelPair<X>&, Strided, const T*, index_t, index_t, index_t, bool, double*,   \
-                                  double*);
+    template void moments_down<X>(const KernelPair<X>&, Strided, const T*, index_t, index_t, index_t, bool, bool,      \
+                                  double*, double*);
 NORMKIT_FOR_DTYPES(NORMKIT_INSTANTIATE)
 
 }  // namespace normkit::cpu

@@ -37,7 +37,7 @@ struct ApplyTo {
     Strided x, y, w, b;
     TileStatistics<Compute<X>> s;
     index_t rows = 0, lanes = 0;
-    bool stream = false;
+    bool stream = false, far = false;
 };
 
 // The kernels for elements as they lie in memory, and for buffers, whose elements are of the type of arithmetic.
@@ -67,7 +67,7 @@ void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided 
 template <class X>
 bool backward_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx,
                    const TileStatistics<Compute<X>>& s, index_t rows, index_t lanes, double* sum_g, double* sum_g_xhat,
-                   bool stream, void (*finish)(const void*, index_t, const Sums&), const void* context);
+                   bool stream, bool far, void (*finish)(const void*, index_t, const Sums&), const void* context);
 
 // One leaf of one set: s.row = s.lane = 0.
 template <class X>
@@ -95,7 +95,7 @@ void write_rest(const KernelPair<X>& k, const ApplyTo<X>& tile, Unwritten<X>* wr
 // As the kernel.
 template <class X>
 void moments_down(const KernelPair<X>& k, Strided x, const Compute<X>* origin, index_t rows, index_t lanes,
-                  index_t seen, bool center, double* mean, double* M2);
+                  index_t seen, bool center, bool far, double* mean, double* M2);
 
 // Copies a tile into rows of `lanes` elements: as they are (E: the element type of `from`), or converted (E: a type of
 // arithmetic).

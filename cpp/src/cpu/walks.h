@@ -124,7 +124,7 @@ void write_dx(const KernelPair<X>& k, const BackwardCall& call, const Offsets& a
         backward(k, dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat, stream);
         return;
     }
-    if (sum_g) backward(k, dy, x, one<T>(), Strided{}, s, rows, lanes, sum_g, sum_g_xhat, false);
+    if (sum_g) backward(k, dy, x, one<T>(), Strided{}, s, rows, lanes, sum_g, sum_g_xhat, stream);
     if (call.dx) {
         TileStatistics<T> about_zero = s;
         about_zero.hi = about_zero.lo = reinterpret_cast<const T*>(zero<T>().p);
