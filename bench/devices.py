@@ -140,10 +140,9 @@ class InProcess(Run):
         return self.read(self.call())
 
     def seconds(self, at_least: float) -> float:
+        next(self.turns)()  # brings threads and caches back from the contender before
         if self.repeats == 0:
             self.repeats = self._enough(at_least)
-        if self.repeats > 1:
-            next(self.turns)()  # brings threads and caches back from the contender before
         return self._time(self.repeats) / self.repeats
 
     def _enough(self, at_least: float) -> int:

@@ -21,15 +21,15 @@ constexpr int kMostThreads = 1024;
 // Measured, as what the system says of L3 is no guide where machines are shared: docs/decisions/0002-schedule.md.
 enum class Writes {
     beside,  // a forward pass that writes one set beside the sums of another
-    after,   // one that writes when all sums have been taken
+    after,   // one that writes when all sums have been taken, or evaluation
+    runs,    // the same, of sums over rows that are short or cut
     dx,
-    runs,  // a forward pass whose rows are short or cut
 };
 index_t far_bytes(Writes writes, int threads) {
     constexpr index_t kMiB = index_t{1} << 20;
     const bool one = threads == 1;  // two have more cache between them
     switch (writes) {
-        case Writes::beside: return (one ? 8 : 18) * kMiB;
+        case Writes::beside: return (one ? 8 : 24) * kMiB;
         case Writes::after: return (one ? 20 : 32) * kMiB;
         default: return (one ? 12 : 18) * kMiB;
     }
@@ -131,10 +131,10 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
     s.by_row = can_go_by_row(plan, element, arrays) && write && !given && s.resident && choose(forced.by_row, worth);
     const index_t row = plan.walk == Walk::rows ? plan.run.size() : plan.lane.extent * plan.merge.extent;
     const bool in_short_runs = plan.walk == Walk::rows ? row < kLeastRun : s.lanes < row;
-    const Writes writes = arrays > 1      ? Writes::dx
-                          : s.by_row      ? Writes::beside
-                          : in_short_runs ? Writes::runs
-                                          : Writes::after;
+    const Writes writes = arrays > 1                ? Writes::dx
+                          : s.by_row                ? Writes::beside
+                          : in_short_runs && !given ? Writes::runs
+                                                    : Writes::after;
     s.far = all >= far_bytes(writes, s.threads);
     s.stream = choose(forced.stream, write && !in_place && s.far && row >= kStreamRow);
     return s;
