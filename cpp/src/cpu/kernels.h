@@ -65,8 +65,8 @@ struct Unwritten {
     bool done() const { return row == rows; }
 };
 
-// Sets that are one row each, of at most kMostSums bytes, for a backward pass. The sums of a row are finished by
-// whoever called: to entries of s.mean_g and s.mean_g_xhat. No sums are added down the lanes where sum_g is null.
+// Sets that are one row each, of at most kMostSums bytes, for a backward pass. The means that dx needs are computed on
+// the way, to where s.mean_g and s.mean_g_xhat point. No sums are added down the lanes where sum_g is null.
 constexpr index_t kMostSums = 32 * 1024;
 template <class T>
 struct BackwardRows {
@@ -75,9 +75,9 @@ struct BackwardRows {
     Statistics<T> s;
     index_t rows = 0, lanes = 0;
     bool stream = false, far = false;  // far: dy and x come from memory, and what is read next is asked for
+    bool center = true;
     double *sum_g = nullptr, *sum_g_xhat = nullptr;
-    void (*finish)(const void* context, index_t row, const Sums& sums) = nullptr;
-    const void* context = nullptr;
+    T *mean_g = nullptr, *mean_g_xhat = nullptr;
 };
 
 template <class X>

@@ -951,6 +951,7 @@ NK_INLINE void backward_row_by_row(const BackwardRows<Compute<X>>& all) {
     constexpr index_t kMost = kMostSums / static_cast<index_t>(sizeof(T)) + kWidth<X>;
     alignas(64) T sum[kMost], sum_xhat[kMost];
     for (index_t l = 0; Sum && l < all.lanes + kWidth<X>; ++l) sum[l] = sum_xhat[l] = 0;
+    const double count = static_cast<double>(all.lanes);
     const auto sums_of = [&](index_t r, auto& beside) NK_INLINE_LAMBDA {
         Sums sums;
         for (index_t lane = 0; lane < all.lanes; lane += kLeafLanes) {
@@ -961,7 +962,9 @@ NK_INLINE void backward_row_by_row(const BackwardRows<Compute<X>>& all) {
             sums.g += leaf.g;
             sums.g_xhat += leaf.g_xhat;
         }
-        all.finish(all.context, r, sums);
+        const index_t i = r * all.s.row;
+        all.mean_g[i] = static_cast<T>(all.center ? sums.g / count : 0);
+        all.mean_g_xhat[i] = static_cast<T>(sums.g_xhat / count);
     };
     Nothing nothing;
     sums_of(0, nothing);

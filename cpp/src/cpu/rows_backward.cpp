@@ -346,22 +346,14 @@ class RowsBackward {
         if (!schedule_.by_row || !set_is_row_ || elements_.n > 1) return false;
         if (tile.rows.stride[kSet] != 1) return false;
         load_statistics(at[kSet], rows);
-        const RowsFrom context{this, at[kSet]};
-        const auto finish_row = [](const void* c, index_t row, const Sums& sums) {
-            const auto* from = static_cast<const RowsFrom*>(c);
-            from->walk->finish(from->first + row, 1, &sums);
-        };
+        const index_t first = at[kSet];
         return backward_rows(k_, operand(call_.dy, call_.dtype, at, tile, kDy),
                              operand(call_.x, call_.dtype, at, tile, kX),
                              parameter(call_.weight, call_.weight_dtype, at, tile, kWeight, one<T>()),
-                             operand(call_.dx, call_.dtype, at, tile, kY), statistics_.tile(at[kSet], 1, 0, rows), rows,
-                             lanes, sum_g, sum_g_xhat, schedule_.stream, schedule_.far, finish_row, &context);
+                             operand(call_.dx, call_.dtype, at, tile, kY), statistics_.tile(first, 1, 0, rows), rows,
+                             lanes, sum_g, sum_g_xhat, schedule_.stream, schedule_.far, plan_.center,
+                             statistics_.mean_g() + first, statistics_.mean_g_xhat() + first);
     }
-
-    struct RowsFrom {
-        RowsBackward* walk;
-        index_t first;  // set
-    };
 
     // The sums of all blocks, in order, to the gradients.
     void fold_blocks(const Grid& grid, index_t blocks, const double* sums) const {

@@ -64,9 +64,11 @@ class SetStatistics {
         }
     }
     void put_sums(index_t set, double mean_g, double mean_g_xhat) {
-        p_[4 * sets_ + set] = static_cast<T>(mean_g);
-        p_[5 * sets_ + set] = static_cast<T>(mean_g_xhat);
+        this->mean_g()[set] = static_cast<T>(mean_g);
+        this->mean_g_xhat()[set] = static_cast<T>(mean_g_xhat);
     }
+    T* mean_g() const { return p_ + 4 * sets_; }
+    T* mean_g_xhat() const { return p_ + 5 * sets_; }
 
     // For a tile that begins with `set`; `row` and `lane`: how the set number goes on; `sets`: how many sets it has.
     TileStatistics<T> tile(index_t set, index_t row, index_t lane, index_t sets) const {
@@ -74,8 +76,8 @@ class SetStatistics {
         s.hi = hi() + set;
         s.lo = lo() + set;
         s.rstd = rstd() + set;
-        s.mean_g = p_ + 4 * sets_ + set;
-        s.mean_g_xhat = p_ + 5 * sets_ + set;
+        s.mean_g = mean_g() + set;
+        s.mean_g_xhat = mean_g_xhat() + set;
         s.row = row;
         s.lane = lane;
         const T* const p = scale() + set;

@@ -195,15 +195,15 @@ void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided 
 template <class X>
 bool backward_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx,
                    const TileStatistics<Compute<X>>& s, index_t rows, index_t lanes, double* sum_g, double* sum_g_xhat,
-                   bool stream, bool far, void (*finish)(const void*, index_t, const Sums&), const void* context) {
+                   bool stream, bool far, bool center, Compute<X>* mean_g, Compute<X>* mean_g_xhat) {
     using T = Compute<X>;
     if (w.p == one<T>().p && lanes <= kConstantLanes<T>) w.lane = sizeof(T);
     if (s.scale || !contiguous<X>(dy, lanes) || !contiguous<X>(x, lanes) || !contiguous<X>(dx, lanes) ||
         !contiguous<T>(w, lanes) || lanes * index_t{sizeof(T)} > kMostSums) {
         return false;
     }
-    k.direct.backward_rows(
-        {in(dy), in(x), in(w), out_of(dx), s, rows, lanes, stream, far, sum_g, sum_g_xhat, finish, context});
+    k.direct.backward_rows({in(dy), in(x), in(w), out_of(dx), s, rows, lanes, stream, far, center, sum_g, sum_g_xhat,
+                            mean_g, mean_g_xhat});
     return true;
 }
 
@@ -323,8 +323,7 @@ template Strided zero<double>();
     template bool to_write_beside<X>(const ApplyTo<X>&, Unwritten<X>*);                                                \
     template void write_rest<X>(const KernelPair<X>&, const ApplyTo<X>&, Unwritten<X>*);                               \
     template bool backward_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&, \
-                                   index_t, index_t, double*, double*, bool, bool,                                     \
-                                   void (*)(const void*, index_t, const Sums&), const void*);                          \
+                                   index_t, index_t, double*, double*, bool, bool, bool, T*, T*);                      \
     template void moments_down<X>(const KernelPair<X>&, Strided, const T*, index_t, index_t, index_t, bool, bool,      \
                                   double*, double*);
 NORMKIT_FOR_DTYPES(NORMKIT_INSTANTIATE)

@@ -67,7 +67,7 @@ void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided 
 template <class X>
 bool backward_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx,
                    const TileStatistics<Compute<X>>& s, index_t rows, index_t lanes, double* sum_g, double* sum_g_xhat,
-                   bool stream, bool far, void (*finish)(const void*, index_t, const Sums&), const void* context);
+                   bool stream, bool far, bool center, Compute<X>* mean_g, Compute<X>* mean_g_xhat);
 
 // One leaf of one set: s.row = s.lane = 0.
 template <class X>
