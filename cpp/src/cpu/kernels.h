@@ -49,6 +49,15 @@ struct Statistics {
     index_t row = 0;
 };
 
+// The beginning of a vector in memory that waits for its end: where rows that are written past the caches begin and end
+// within vectors, the end of one and the beginning of the next make one store. `bytes` of it are there; they belong to
+// `at`.
+struct Seam {
+    alignas(64) char vector[64];
+    char* at = nullptr;
+    index_t bytes = 0;
+};
+
 // A tile that is written a little at a time, beside other work: the arguments of apply_along, and where to go on.
 template <class X>
 struct Unwritten {
@@ -61,6 +70,7 @@ struct Unwritten {
     bool w_lane = false;                          // w, b: one a row, or one a lane,
     bool w_constant = false, b_constant = false;  // of which one vector may stand for all
     index_t row = 0, lane = 0;
+    Seam* seam = nullptr;  // whoever has written the last row stores what is left of it
 
     bool done() const { return row == rows; }
 };

@@ -342,14 +342,13 @@ struct MeanOfLeaf {
 // one beside the mean of the next.
 enum class Leaf { about_zero, in_turn, overlapped };
 
-// Beside the squares of the leaf before, where leaves are long and each is one run. Conversions to double keep one unit
+// Beside the squares of the leaf before, where leaves are as long as they can be. Conversions to double keep one unit
 // of a core busy, squares the others, and memory is never idle. One thread of a Zen 5, time of one after the other over
 // time with it: group NCHW 1 x 128 x 512^2 1.3, 32 x 256 x 56^2 1.17, instance 2 x 32 x 64^3 1.28; in L3 1.0. Other
 // instruction sets have too few registers.
-constexpr index_t kLeastOverlapped = 1024;
 NK_INLINE Leaf leaf_of(bool center, index_t rows, index_t lanes, index_t leaves) {
     if (!center || kLoose) return Leaf::about_zero;
-    const bool can = kVectorBytes == 64 && rows == 1 && leaves > 1 && lanes >= kLeastOverlapped;
+    const bool can = kVectorBytes == 64 && rows == 1 && leaves > 1 && lanes == kLeafLanes;
     return can ? Leaf::overlapped : Leaf::in_turn;
 }
 
@@ -486,13 +485,13 @@ void sums_along(In dy, In x, In w, Statistics<Compute<X>> s, index_t rows, index
     }
 }
 
-// Applies f to every vector of a row of `lanes` elements: f(first lane, n), n < kWidth<X> for the last,
-// part-filled one. Where the stores are to be non-temporal, p is brought to a vector boundary first.
-template <class X, class F>
-NK_INLINE void for_vectors(index_t lanes, const char* aligned_for, F f) {
+// Applies f to every vector of a row of `lanes` elements: f(first lane, n), n < kWidth<X> for the last, part-filled
+// one. Where the stores are to be non-temporal, p is brought to a vector boundary first.
+template <class X, bool Stream, class F>
+NK_INLINE void for_vectors(index_t lanes, [[maybe_unused]] const char* p, F f) {
     index_t at = 0;
-    if (aligned_for) {
-        const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(aligned_for) % kMemoryBytes<X>);
+    if constexpr (Stream) {
+        const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(p) % kMemoryBytes<X>);
         if (past) {
             index_t head = (kMemoryBytes<X> - past) / static_cast<index_t>(sizeof(X));
             if (head > lanes) head = lanes;
@@ -511,12 +510,6 @@ NK_INLINE index_t head_of(Out y) {
     return past == 0 ? 0 : (kMemoryBytes<X> - past) / static_cast<index_t>(sizeof(X));
 }
 
-// Asks for the line in which a row that is written past the caches ends, if it ends within one. That end is an ordinary
-// store, and non-temporal ones behind it wait until it has its line (layer norm 4096 x 1000: 1.4 times as long).
-NK_INLINE void ask_for_end(const char* y, index_t row) {
-    if (reinterpret_cast<std::uintptr_t>(y + row) % 64 != 0) __builtin_prefetch(y + row, 1);
-}
-
 // The vectors of a row before its first boundary, which non-temporal stores wait for.
 template <class Row>
 NK_INLINE void to_boundary(Row& row, char* to) {
@@ -524,16 +517,17 @@ NK_INLINE void to_boundary(Row& row, char* to) {
     if (head > 0) row.vector(static_cast<int>(head < row.lanes ? head : row.lanes));
 }
 
-// Non-temporal stores need elements that can reach a vector boundary at all, and take whole lines: where rows are short
-// and begin within a line, their ends cost more than is gained. Time with them over time without, rows 16 bytes past a
-// line, layer norm forward and backward (one thread of a Zen 4): 128 lanes 2.0 and 1.7, 384 1.3 and 0.95, 768 0.75 and
-// 0.8.
+// Non-temporal stores need elements that can reach a vector boundary at all. Where rows have gaps between them they
+// take whole lines too, or rows so long that their ends, ordinary stores, cost less than is gained: a core waits for
+// the line of each, and the non-temporal stores behind it wait too. Time with them over time without, rows 16 bytes
+// past a line, layer norm forward and backward (one thread of a Zen 4): 128 lanes 2.0 and 1.7, 384 1.3 and 0.95, 768
+// 0.75 and 0.8. Rows without gaps have no ends (Seam).
 template <class X>
 NK_INLINE bool can_stream(Out y, index_t lanes) {
-    constexpr index_t kLine = 64, kLongRow = 3 * 1024;
-    const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p));
+    constexpr index_t kLine = 64, kLongRow = 3 * 1024, kRow = 512;
+    const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p)), row = bytes<X>(lanes);
     if (past % kLine == 0 && y.row % kLine == 0) return true;
-    return past % sizeof(X) == 0 && y.row % sizeof(X) == 0 && bytes<X>(lanes) >= kLongRow;
+    return past % sizeof(X) == 0 && y.row % sizeof(X) == 0 && row >= (y.row == row ? kRow : kLongRow);
 }
 
 template <class X, bool Stream>
@@ -547,10 +541,147 @@ NK_INLINE void put(char* p, Vec<X> v, int n) {
     }
 }
 
+template <class X>
+NK_INLINE void finish(Seam& seam) {
+    if (seam.bytes > 0) __builtin_memcpy(seam.at, seam.vector, seam.bytes);
+    seam.bytes = 0;
+}
+
+// A part of a vector, or to the end of one that has begun. Out of the way of whole ones, and of their registers.
+template <class X>
+__attribute__((noinline, cold)) void put_part(Seam& seam, char* p, Vec<X> v, int n) {
+    const bool goes_on = seam.bytes > 0 && seam.at + seam.bytes == p;
+    if (!goes_on) {
+        finish<X>(seam);
+        if (reinterpret_cast<std::uintptr_t>(p) % kMemoryBytes<X> != 0) return store_first<X>(p, v, n);
+        seam.at = p;
+    }
+    store_first<X>(seam.vector + seam.bytes, v, n);
+    seam.bytes += bytes<X>(n);
+    if (seam.bytes < kMemoryBytes<X>) return;
+    stream<X>(seam.at, load<X>(seam.vector));
+    seam.bytes = 0;
+}
+
+// The vectors of a row, one after another.
+template <class X, bool Stream>
+NK_INLINE void put([[maybe_unused]] Seam& seam, char* p, Vec<X> v, int n) {
+    if (Stream && n < kWidth<X>) return put_part<X>(seam, p, v, n);
+    put<X, Stream>(p, v, n);
+}
+
+// f(whether rows are stored past the caches, as a constant).
+template <class X, class F>
+NK_INLINE void with_stream(bool stream, Out y, index_t lanes, F f) {
+    if (stream && can_stream<X>(y, lanes)) {
+        f(std::true_type{});
+    } else {
+        f(std::false_type{});
+    }
+}
+
+// A row to be written, a few vectors at a time; half as many as its moments, which are two readings, take.
+template <class X, bool WLane, bool Stream>
+struct Applying;
+
+// The first or the last lanes of row tile.row, fewer than a vector, in rows that are written past the caches. Out of
+// the way of whole vectors, and before and after their constants are in registers: 0.92 of the time of rms norm 25088 x
+// 128, which has none of these.
+template <class X, bool WLane>
+__attribute__((noinline, cold)) void apply_part(const Unwritten<X>& tile, index_t lane, index_t n) {
+    Applying<X, WLane, false> row(tile);
+    row.lane = lane;
+    put_part<X>(*tile.seam, row.y + bytes<X>(lane), row.value(static_cast<int>(n)), static_cast<int>(n));
+}
+
+// The same for the lanes before the first vector boundary of the row. Returns how many those are.
+template <class X, bool WLane>
+NK_INLINE index_t apply_head(const Unwritten<X>& tile) {
+    index_t head = head_of<X>({tile.y.at(tile.row), 0});
+    if (head > tile.lanes) head = tile.lanes;
+    if (head > 0) apply_part<X, WLane>(tile, 0, head);
+    return head;
+}
+
+template <class X, bool WLane, bool Stream>
+struct Applying {
+    using Element = X;
+    using T = Compute<X>;
+    static constexpr index_t kElements = kTurn / 2;
+    index_t lanes, lane;
+    const char *x, *w, *b;
+    char* y;
+    index_t w_lanes = 0, b_lanes = 0;  // masks: 0 for a constant
+    bool centred;                      // as in apply_along_rows: where not, b is added as it is
+    bool far;
+    const Unwritten<X>* tile;
+    Vec<X> hi, lo, rstd, a = {}, c = {};
+
+    NK_INLINE explicit Applying(const Unwritten<X>& of)
+        : lanes(of.lanes),
+          lane(of.lane),
+          x(of.x.at(of.row)),
+          w(of.w.at(of.row)),
+          b(of.b.at(of.row)),
+          y(of.y.at(of.row)),
+          far(of.far),
+          tile(&of) {
+        if (Stream && lane == 0) lane = apply_head<X, WLane>(of);
+        const index_t k = of.row * of.s.row;
+        const T hi_row = of.s.hi[k], lo_row = of.s.lo[k], rstd_row = of.s.rstd[k];
+        centred = hi_row != 0 || lo_row != 0;
+        hi = splat<X>(hi_row);
+        lo = splat<X>(lo_row);
+        rstd = splat<X>(rstd_row);
+        if constexpr (WLane) {
+            w_lanes = of.w_constant ? 0 : ~index_t{0};
+            b_lanes = of.b_constant ? 0 : ~index_t{0};
+        } else {
+            const YTerms<T> terms = y_terms<T>(hi_row, lo_row, rstd_row, value_at<T>(w), value_at<T>(b));
+            a = splat<X>(terms.a);
+            c = splat<X>(terms.c);
+        }
+    }
+    NK_INLINE Vec<X> value(int n) const {
+        const Vec<X> av = WLane ? rstd * load_rest<T>(w + bytes<T>(lane & w_lanes), n) : a;
+        Vec<X> d = load_rest<X>(x + bytes<X>(lane), n), cv = c;
+        if constexpr (WLane) cv = load_rest<T>(b + bytes<T>(lane & b_lanes), n);
+        if (centred) {
+            d -= hi;
+            if constexpr (WLane) cv = bias_term<Vec<X>>(av, lo, cv);
+        }
+        return d * av + cv;
+    }
+    NK_INLINE void vector(int n) {
+        put<X, Stream>(y + bytes<X>(lane), value(n), n);
+        lane += n;
+    }
+    NK_INLINE bool asks() const { return Stream || far; }
+    NK_INLINE index_t turns() const { return (lanes - lane) / kElements; }
+    NK_INLINE void turn() {
+#pragma GCC unroll 8
+        for (int i = 0; i < kElements / kWidth<X>; ++i) vector(kWidth<X>);
+    }
+    NK_INLINE void rest() {
+        while (lanes - lane >= kWidth<X>) vector(kWidth<X>);
+        if (lane == lanes) return;
+        if constexpr (Stream) {
+            apply_part<X, WLane>(*tile, lane, lanes - lane);
+        } else {
+            vector(static_cast<int>(lanes - lane));
+        }
+    }
+};
+
 // R rows at once: with w and b one a lane they share the loads of those, which else are half of all.
 template <class X, bool WLane, bool Stream, bool Centred, int R>
-NK_INLINE void apply_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t r, index_t lanes) {
+NK_INLINE void apply_rows(const Unwritten<X>& tile) {
     using T = Compute<X>;
+    const In x = tile.x, w = tile.w, b = tile.b;
+    const Out y = tile.y;
+    const Statistics<T>& s = tile.s;
+    const index_t r = tile.row, lanes = tile.lanes;
+    index_t lane = Stream ? apply_head<X, WLane>(tile) : 0;
     Vec<X> hi[R], lo[R], rstd[R], a[R], c[R];
 #pragma GCC unroll 4
     for (int j = 0; j < R; ++j) {
@@ -567,7 +698,7 @@ NK_INLINE void apply_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, ind
     }
     const char *px = x.at(r), *pw = w.at(r), *pb = b.at(r);
     char* py = y.at(r);
-    for_vectors<X>(lanes, Stream ? py : nullptr, [&](index_t lane, int n) NK_INLINE_LAMBDA {
+    const auto write = [&](int n) NK_INLINE_LAMBDA {
         const index_t o = bytes<X>(lane);
         Vec<X> wv = {}, bv = {};
         if constexpr (WLane) {
@@ -582,7 +713,14 @@ NK_INLINE void apply_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, ind
             const Vec<X> cv = !WLane ? c[j] : Centred ? bias_term<Vec<X>>(av, lo[j], bv) : bv;
             put<X, Stream>(py + j * y.row + o, d * av + cv, n);
         }
-    });
+    };
+    for (; lanes - lane >= kWidth<X>; lane += kWidth<X>) write(kWidth<X>);
+    if (lane == lanes) return;
+    if constexpr (Stream) {
+        apply_part<X, WLane>(tile, lane, lanes - lane);
+    } else {
+        write(static_cast<int>(lanes - lane));
+    }
 }
 
 // Whether rows follow each other in memory without a gap, and are neither whole vectors nor so long that their ends do
@@ -622,7 +760,7 @@ NK_INLINE void for_joined(index_t rows, index_t lanes, index_t head, TermsOf ter
 }
 
 template <class X, bool Stream>
-NK_INLINE void apply_joined(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
+void apply_joined(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     using T = Compute<X>;
     for_joined<X, 3>(
         rows, lanes, Stream ? head_of<X>(y) : 0,
@@ -646,113 +784,49 @@ constexpr int kRowsTogether = 2;
 #endif
 
 template <class X, bool WLane, bool Stream>
-NK_INLINE void apply_along_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
+void apply_along_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     // Rms: without a mean there are two subtractions less.
     const auto centred = [&](index_t r) { return s.hi[r * s.row] != 0 || s.lo[r * s.row] != 0; };
     // Not past the caches: those stores want one stream.
     const bool together = WLane && !Stream && w.row == 0 && b.row == 0;
-    index_t r = 0;
-    while (r < rows) {
+    Seam seam;
+    Unwritten<X> tile{x, y, w, b, s, rows, lanes};
+    tile.seam = &seam;
+    for (index_t& r = tile.row; r < rows;) {
         bool all_centred = together && rows - r >= kRowsTogether, none_centred = all_centred;
         for (int j = 0; j < kRowsTogether && (all_centred || none_centred); ++j) {
             (centred(r + j) ? none_centred : all_centred) = false;
         }
         if (all_centred) {
-            apply_rows<X, WLane, Stream, true, kRowsTogether>(x, y, w, b, s, r, lanes);
+            apply_rows<X, WLane, Stream, true, kRowsTogether>(tile);
             r += kRowsTogether;
         } else if (none_centred) {
-            apply_rows<X, WLane, Stream, false, kRowsTogether>(x, y, w, b, s, r, lanes);
+            apply_rows<X, WLane, Stream, false, kRowsTogether>(tile);
             r += kRowsTogether;
-        } else if (centred(r)) {
-            apply_rows<X, WLane, Stream, true, 1>(x, y, w, b, s, r++, lanes);
         } else {
-            apply_rows<X, WLane, Stream, false, 1>(x, y, w, b, s, r++, lanes);
+            if (centred(r)) {
+                apply_rows<X, WLane, Stream, true, 1>(tile);
+            } else {
+                apply_rows<X, WLane, Stream, false, 1>(tile);
+            }
+            ++r;
         }
     }
-}
-
-template <class X, bool WLane, bool Stream>
-NK_INLINE void apply_along_as(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes,
-                              bool joined) {
-    if constexpr (!WLane) {
-        if (joined) return apply_joined<X, Stream>(x, y, w, b, s, rows, lanes);
-    }
-    apply_along_rows<X, WLane, Stream>(x, y, w, b, s, rows, lanes);
+    finish<X>(seam);
 }
 
 template <class X, bool WLane>
 void apply_along(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes, bool stream) {
-    const bool joined = !WLane && joins<X>(x, y, rows, lanes);
-    if (stream && can_stream<X>(y, joined ? rows * lanes : lanes)) {
-        apply_along_as<X, WLane, true>(x, y, w, b, s, rows, lanes, joined);
-    } else {
-        apply_along_as<X, WLane, false>(x, y, w, b, s, rows, lanes, joined);
+    if constexpr (!WLane) {
+        if (joins<X>(x, y, rows, lanes)) {
+            const bool streamed = stream && can_stream<X>(y, rows * lanes);
+            return (streamed ? apply_joined<X, true> : apply_joined<X, false>)(x, y, w, b, s, rows, lanes);
+        }
     }
+    with_stream<X>(stream, y, lanes, [&](auto streamed) NK_INLINE_LAMBDA {
+        apply_along_rows<X, WLane, streamed>(x, y, w, b, s, rows, lanes);
+    });
 }
-
-// A row to be written, a few vectors at a time; half as many as its moments, which are two readings, take.
-template <class X, bool WLane, bool Stream>
-struct Applying {
-    using Element = X;
-    using T = Compute<X>;
-    static constexpr index_t kElements = kTurn / 2;
-    index_t lanes, lane;
-    const char *x, *w, *b;
-    char* y;
-    index_t w_lanes = 0, b_lanes = 0;  // masks: 0 for a constant
-    bool centred;                      // as in apply_along_rows: where not, b is added as it is
-    bool far;
-    Vec<X> hi, lo, rstd, a = {}, c = {};
-
-    NK_INLINE explicit Applying(const Unwritten<X>& tile)
-        : lanes(tile.lanes),
-          lane(tile.lane),
-          x(tile.x.at(tile.row)),
-          w(tile.w.at(tile.row)),
-          b(tile.b.at(tile.row)),
-          y(tile.y.at(tile.row)),
-          far(tile.far) {
-        const index_t k = tile.row * tile.s.row;
-        const T hi_row = tile.s.hi[k], lo_row = tile.s.lo[k], rstd_row = tile.s.rstd[k];
-        centred = hi_row != 0 || lo_row != 0;
-        hi = splat<X>(hi_row);
-        lo = splat<X>(lo_row);
-        rstd = splat<X>(rstd_row);
-        if constexpr (WLane) {
-            w_lanes = tile.w_constant ? 0 : ~index_t{0};
-            b_lanes = tile.b_constant ? 0 : ~index_t{0};
-        } else {
-            const YTerms<T> terms = y_terms<T>(hi_row, lo_row, rstd_row, value_at<T>(w), value_at<T>(b));
-            a = splat<X>(terms.a);
-            c = splat<X>(terms.c);
-        }
-        if constexpr (Stream) {
-            ask_for_end(y, tile.y.row);
-            if (lane == 0) to_boundary(*this, y);
-        }
-    }
-    NK_INLINE void vector(int n) {
-        const Vec<X> av = WLane ? rstd * load_rest<T>(w + bytes<T>(lane & w_lanes), n) : a;
-        Vec<X> d = load_rest<X>(x + bytes<X>(lane), n), cv = c;
-        if constexpr (WLane) cv = load_rest<T>(b + bytes<T>(lane & b_lanes), n);
-        if (centred) {
-            d -= hi;
-            if constexpr (WLane) cv = bias_term<Vec<X>>(av, lo, cv);
-        }
-        put<X, Stream>(y + bytes<X>(lane), d * av + cv, n);
-        lane += n;
-    }
-    NK_INLINE bool asks() const { return Stream || far; }
-    NK_INLINE index_t turns() const { return (lanes - lane) / kElements; }
-    NK_INLINE void turn() {
-#pragma GCC unroll 8
-        for (int i = 0; i < kElements / kWidth<X>; ++i) vector(kWidth<X>);
-    }
-    NK_INLINE void rest() {
-        while (lanes - lane >= kWidth<X>) vector(kWidth<X>);
-        if (lane < lanes) vector(static_cast<int>(lanes - lane));
-    }
-};
 
 // A tile as something to write beside other work, which ends in the midst of its rows.
 template <class X, bool WLane, bool Stream>
@@ -813,16 +887,17 @@ void moments_beside(In x, In origin, index_t rows, index_t lanes, index_t leaf, 
                     Moments* out, Unwritten<X>& tile) {
     if (tile.done()) {
         moments_along<X>(x, origin, rows, lanes, leaf, leaves, center, out);
-    } else if (tile.stream && can_stream<X>(tile.y, tile.lanes)) {
-        moments_beside_as<X, WLane, true>(x, origin, rows, lanes, leaf, leaves, center, out, tile);
-    } else {
-        moments_beside_as<X, WLane, false>(x, origin, rows, lanes, leaf, leaves, center, out, tile);
+        return;
     }
+    with_stream<X>(tile.stream, tile.y, tile.lanes, [&](auto streamed) NK_INLINE_LAMBDA {
+        moments_beside_as<X, WLane, streamed>(x, origin, rows, lanes, leaf, leaves, center, out, tile);
+    });
 }
 
 template <class X, bool WLane, bool Stream>
-NK_INLINE void dx_along_rows(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
+void dx_along_rows(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     using T = Compute<X>;
+    Seam seam;
     for (index_t r = 0; r < rows; ++r) {
         const char *pdy = dy.at(r), *px = x.at(r), *pw = w.at(r);
         char* pdx = dx.at(r);
@@ -831,17 +906,18 @@ NK_INLINE void dx_along_rows(In dy, In x, In w, Out dx, Statistics<Compute<X>> s
         const Vec<X> hi = splat<X>(s.hi[i]), rstd = splat<X>(s.rstd[i]), e = splat<X>(terms.e), c = splat<X>(terms.c);
         Vec<X> a = {};
         if constexpr (!WLane) a = splat<X>(s.rstd[i] * value_at<T>(pw));
-        for_vectors<X>(lanes, Stream ? pdx : nullptr, [=](index_t lane, int n) NK_INLINE_LAMBDA {
+        for_vectors<X, Stream>(lanes, pdx, [&](index_t lane, int n) NK_INLINE_LAMBDA {
             const index_t o = bytes<X>(lane);
             const Vec<X> d = load_rest<X>(px + o, n) - hi;
             const Vec<X> av = WLane ? rstd * load_rest<T>(pw + bytes<T>(lane), n) : a;
-            put<X, Stream>(pdx + o, dx_of<Vec<X>>(load_rest<X>(pdy + o, n), d, rstd, av, e, c), n);
+            put<X, Stream>(seam, pdx + o, dx_of<Vec<X>>(load_rest<X>(pdy + o, n), d, rstd, av, e, c), n);
         });
     }
+    finish<X>(seam);
 }
 
 template <class X, bool Stream>
-NK_INLINE void dx_joined(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
+void dx_joined(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     using T = Compute<X>;
     for_joined<X, 5>(
         rows, lanes, Stream ? head_of<X>(dx) : 0,
@@ -861,23 +937,17 @@ NK_INLINE void dx_joined(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, in
         });
 }
 
-template <class X, bool WLane, bool Stream>
-NK_INLINE void dx_along_as(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes,
-                           bool joined) {
-    if constexpr (!WLane) {
-        if (joined) return dx_joined<X, Stream>(dy, x, w, dx, s, rows, lanes);
-    }
-    dx_along_rows<X, WLane, Stream>(dy, x, w, dx, s, rows, lanes);
-}
-
 template <class X, bool WLane>
 void dx_along(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes, bool stream) {
-    const bool joined = !WLane && dy.row == x.row && joins<X>(x, dx, rows, lanes);
-    if (stream && can_stream<X>(dx, joined ? rows * lanes : lanes)) {
-        dx_along_as<X, WLane, true>(dy, x, w, dx, s, rows, lanes, joined);
-    } else {
-        dx_along_as<X, WLane, false>(dy, x, w, dx, s, rows, lanes, joined);
+    if constexpr (!WLane) {
+        if (dy.row == x.row && joins<X>(x, dx, rows, lanes)) {
+            const bool streamed = stream && can_stream<X>(dx, rows * lanes);
+            return (streamed ? dx_joined<X, true> : dx_joined<X, false>)(dy, x, w, dx, s, rows, lanes);
+        }
     }
+    with_stream<X>(stream, dx, lanes, [&](auto streamed) NK_INLINE_LAMBDA {
+        dx_along_rows<X, WLane, streamed>(dy, x, w, dx, s, rows, lanes);
+    });
 }
 
 // dx of a row, a few vectors at a time, and dy and dy * xhat added to what earlier rows have left in `sum`, `sum_xhat`.
@@ -891,10 +961,11 @@ struct WritingDx {
     const char *dy = nullptr, *x = nullptr, *w = nullptr;
     char* dx = nullptr;
     T *sum = nullptr, *sum_xhat = nullptr;
-    bool far = false;
+    bool far;
+    Seam& seam;
     Vec<X> hi = {}, lo = {}, rstd = {}, e = {}, c = {};
 
-    NK_INLINE WritingDx(const BackwardRows<T>& all, index_t r, T* sums, T* sums_xhat)
+    NK_INLINE WritingDx(const BackwardRows<T>& all, index_t r, T* sums, T* sums_xhat, Seam& last)
         : lanes(all.lanes),
           dy(all.dy.at(r)),
           x(all.x.at(r)),
@@ -902,7 +973,8 @@ struct WritingDx {
           dx(all.dx.at(r)),
           sum(sums),
           sum_xhat(sums_xhat),
-          far(all.far) {
+          far(all.far),
+          seam(last) {
         const Statistics<T>& s = all.s;
         const index_t i = r * s.row;
         const DxTerms<T> terms = dx_terms<T>(s.lo[i], s.rstd[i], s.mean_g[i], s.mean_g_xhat[i]);
@@ -911,10 +983,7 @@ struct WritingDx {
         rstd = splat<X>(s.rstd[i]);
         e = splat<X>(terms.e);
         c = splat<X>(terms.c);
-        if constexpr (Stream) {
-            ask_for_end(dx, all.dx.row);
-            to_boundary(*this, dx);
-        }
+        if constexpr (Stream) to_boundary(*this, dx);
     }
     NK_INLINE void add(T* to, Vec<X> v) {
         char* const p = reinterpret_cast<char*>(to + lane);
@@ -924,7 +993,7 @@ struct WritingDx {
         const Vec<X> dyv = load_rest<X>(dy + bytes<X>(lane), n);
         const Vec<X> d = load_rest<X>(x + bytes<X>(lane), n) - hi;
         const Vec<X> a = rstd * load_rest<T>(w + bytes<T>(lane), n);
-        put<X, Stream>(dx + bytes<X>(lane), dx_of<Vec<X>>(dyv, d, rstd, a, e, c), n);
+        put<X, Stream>(seam, dx + bytes<X>(lane), dx_of<Vec<X>>(dyv, d, rstd, a, e, c), n);
         if constexpr (Sum) {
             const Vec<X> xhat = (kLoose ? d : d - lo) * rstd;
             add(sum, n < kWidth<X> ? keep_first<T>(dyv, n) : dyv);
@@ -946,7 +1015,7 @@ struct WritingDx {
 
 // Row r is written beside the sums of row r + 1.
 template <class X, bool Sum, bool Stream>
-NK_INLINE void backward_row_by_row(const BackwardRows<Compute<X>>& all) {
+void backward_row_by_row(const BackwardRows<Compute<X>>& all) {
     using T = Compute<X>;
     constexpr index_t kMost = kMostSums / static_cast<index_t>(sizeof(T)) + kWidth<X>;
     alignas(64) T sum[kMost], sum_xhat[kMost];
@@ -967,24 +1036,23 @@ NK_INLINE void backward_row_by_row(const BackwardRows<Compute<X>>& all) {
         all.mean_g_xhat[i] = static_cast<T>(sums.g_xhat / count);
     };
     Nothing nothing;
+    Seam seam;
     sums_of(0, nothing);
     for (index_t r = 0; r < all.rows; ++r) {
-        WritingDx<X, Sum, Stream> writing(all, r, sum, sum_xhat);
+        WritingDx<X, Sum, Stream> writing(all, r, sum, sum_xhat, seam);
         if (r + 1 < all.rows) sums_of(r + 1, writing);
         writing.rest();
     }
+    finish<X>(seam);
     for (index_t l = 0; Sum && l < all.lanes; ++l) all.sum_g[l] += static_cast<double>(sum[l]);
     for (index_t l = 0; Sum && l < all.lanes; ++l) all.sum_g_xhat[l] += static_cast<double>(sum_xhat[l]);
 }
 
 template <class X>
 void backward_rows(const BackwardRows<Compute<X>>& all) {
-    const bool streamed = all.stream && can_stream<X>(all.dx, all.lanes);
-    if (!all.sum_g) {
-        streamed ? backward_row_by_row<X, false, true>(all) : backward_row_by_row<X, false, false>(all);
-    } else {
-        streamed ? backward_row_by_row<X, true, true>(all) : backward_row_by_row<X, true, false>(all);
-    }
+    with_stream<X>(all.stream, all.dx, all.lanes, [&](auto streamed) NK_INLINE_LAMBDA {
+        (all.sum_g ? backward_row_by_row<X, true, streamed> : backward_row_by_row<X, false, streamed>)(all);
+    });
 }
 
 template <class X, bool Stream>
@@ -992,7 +1060,7 @@ NK_INLINE void copy_rows(In x, Out y, index_t rows, index_t lanes) {
     for (index_t r = 0; r < rows; ++r) {
         const char* px = x.at(r);
         char* py = y.at(r);
-        for_vectors<X>(lanes, Stream ? py : nullptr, [=](index_t lane, int n) NK_INLINE_LAMBDA {
+        for_vectors<X, Stream>(lanes, py, [=](index_t lane, int n) NK_INLINE_LAMBDA {
             const index_t o = bytes<X>(lane);
             put<X, Stream>(py + o, load_rest<X>(px + o, n), n);
         });

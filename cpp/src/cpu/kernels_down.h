@@ -749,7 +749,9 @@ NK_INLINE void backward_by_row(In dy, In x, In w, Out dx, Statistics<Compute<X>>
         for (index_t l = 0; l < n + kWidth<X>; ++l) sum[l] = sum_xhat[l] = 0;
         const BackwardRows<T> part{
             shifted(dy, 0, o), shifted(x, 0, o), shifted(w, 0, bytes<T>(lane)), shifted(dx, 0, o), s, rows, n};
-        for (index_t r = 0; r < rows; ++r) WritingDx<X, true, Stream>(part, r, sum, sum_xhat).rest();
+        Seam seam;
+        for (index_t r = 0; r < rows; ++r) WritingDx<X, true, Stream>(part, r, sum, sum_xhat, seam).rest();
+        finish<X>(seam);
         for (index_t l = 0; l < n; ++l) sum_g[lane + l] += static_cast<double>(sum[l]);
         for (index_t l = 0; l < n; ++l) sum_g_xhat[lane + l] += static_cast<double>(sum_xhat[l]);
     }
@@ -765,11 +767,9 @@ void backward_down(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t 
     const bool streamed = stream && can_stream_down<X>(dx, lanes, without_gap);
     if constexpr (!SLane && WLane) {
         if (dx.p && sum_g && lanes >= kRowByRow) {
-            if (stream && can_stream<X>(dx, lanes)) {
-                backward_by_row<X, true>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
-            } else {
-                backward_by_row<X, false>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
-            }
+            with_stream<X>(stream, dx, lanes, [&](auto streamed) NK_INLINE_LAMBDA {
+                backward_by_row<X, streamed>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
+            });
             return;
         }
     }

@@ -23,6 +23,7 @@ using normkit::cpu::Kernels;
 using normkit::cpu::kMostSums;
 using normkit::cpu::Out;
 using normkit::cpu::Rows;
+using normkit::cpu::Seam;
 using normkit::cpu::Statistics;
 using normkit::cpu::Sums;
 using normkit::cpu::Unwritten;

@@ -131,9 +131,15 @@ class RowsForward {
     class WritingTile {
       public:
         explicit WritingTile(const KernelPair<X>& kernels) : k_(kernels) {}
+        WritingTile(const WritingTile&) = delete;
+        ~WritingTile() {
+            if (seam_.bytes > 0) std::memcpy(seam_.at, seam_.vector, seam_.bytes);
+        }
+
         void begin(const ApplyTo<X>& tile) {
             tile_ = tile;
             kernels_can_ = to_write_beside(tile_, &left_);
+            left_.seam = &seam_;
             left_.row = left_.rows = 0;
         }
         // n of its rows, from `first` on, whose statistics have come, and `scale` with them (null: none).
@@ -155,6 +161,7 @@ class RowsForward {
         ApplyTo<X> tile_;
         bool kernels_can_ = false;
         Unwritten<X> left_;  // of what has been added
+        Seam seam_;
     };
 
     // A batch, tile by tile.
