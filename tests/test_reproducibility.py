@@ -45,6 +45,7 @@ BIG = [
     Case("group", (2, 96, 97, 8), {"num_groups": 2, "channel_axis": -1}),
     Case("group", (2, 30, 31, 192), {"num_groups": 2, "channel_axis": -1}),
     Case("group", (1, 12, 13, 2304), {"num_groups": 24, "channel_axis": -1}),
+    Case("group", (1, 20, 21, 600), {"num_groups": 2, "channel_axis": -1}),
     Case("group", (1, 6, 8, 55, 56), {"num_groups": 3, "channel_axis": 1}, "channels last"),
     Case("layer", (1500, 97), {"normalized_shape": (97,)}),
     Case("layer", (170, 1003), {"normalized_shape": (1003,)}),
@@ -172,6 +173,51 @@ def test_same_bits_wherever_results_lie(rng, dtype, lanes):
                 with _debug.force(isa=isa, stream=stream):
                     same([call(out)], [expected])
                 assert (memory[:first] == 0xA5).all() and (memory[first + x.nbytes :] == 0xA5).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lanes", [50, 129, 256, 391, 1000, 2049, 4100])
+@pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
+def test_same_bits_wherever_rows_lie(rng, norm, lanes, dtype):
+    """Rows and images that begin and end within a vector are put together across their ends, in every kind of pass.
+
+    One set in the midst has to be scaled, and interrupts the run of rows; in wider arrays there are gaps between rows.
+    """
+    dtype = np.dtype(dtype)
+    shape = (5, 7, lanes) if norm == "batch" else (35, lanes)
+    x, dy = (random(rng, shape, dtype=dtype.name) for _ in range(2))
+    x[..., 3, :] *= np.array(2.0**-120 if dtype.name in ("float32", "bfloat16", "float64") else 1, dtype)
+    weight, bias = (random(rng, shape[1:2], dtype=dtype.name) for _ in range(2))
+    last = () if norm == "batch" else (lanes,)
+    statistics = (None, None) if norm == "batch" else ()
+    parameters = (weight,) if norm == "rms" else (weight, bias)
+    forward, backward = getattr(nk, f"{norm}_norm_forward"), getattr(nk, f"{norm}_norm_backward")
+    more = (True,) if norm == "batch" else ()
+    with _debug.force(stream=False, by_row=False):
+        y, *moments = forward(x, *statistics, *last, *parameters, *more, eps=0.0)
+        expected = [y, backward(dy, x, *moments, *last, weight)[0]]
+    calls = (
+        lambda out: forward(x, *statistics, *last, *parameters, *more, eps=0.0, out=out)[0],
+        lambda out: backward(dy, x, *moments, *last, weight, out=out)[0],
+    )
+    if norm == "batch":
+        mean, var = random(rng, (7,)), np.full(7, 2, np.float32)
+        calls += (lambda out: nk.batch_norm(x, mean, var, weight, bias, out=out),)
+        with _debug.force(stream=False):
+            expected.append(calls[-1](None))
+    isas = _debug.isas() if dtype == np.float32 else _debug.isas()[-1:]
+    for isa, threads, by_row, past, gap in product(isas, (1, 3), (False, True), (0, dtype.itemsize, 16), (0, 5)):
+        width = lanes + gap
+        memory = np.full((x.nbytes // lanes * width) + 256, 0xA5, np.uint8)
+        first = -memory.ctypes.data % 64 + past
+        wide = memory[first : first + x.nbytes // lanes * width].view(dtype).reshape(*shape[:-1], width)
+        out = wide[..., :lanes]
+        for call, result in zip(calls, expected):
+            memory[:] = 0xA5
+            with _debug.force(isa=isa, threads=threads, stream=True, by_row=by_row, resident=True, split=False):
+                same([call(out)], [result])
+            assert (memory[:first] == 0xA5).all() and (memory[first + wide.nbytes :] == 0xA5).all()
+            assert (wide[..., lanes:].copy().view(np.uint8) == 0xA5).all()
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])

@@ -79,6 +79,20 @@ def test_large_work_is_shared_and_small_work_is_not(rng):
         assert _debug.last_path()["threads"] == n
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs sched_getaffinity, which is Linux's")
+def test_threads_keep_the_cores_that_they_may_use(rng):
+    """A thread that was woken on the caller's core moves on, and afterwards may run wherever it might before."""
+    x = rng.standard_normal((64, 4096)).astype(np.float32)
+    expected = nk.layer_norm(x, 4096)
+    for pause in (0, 0.02) * 5:
+        sleep(pause)
+        with _debug.force(threads=3):
+            bounds.assert_same_bits(nk.layer_norm(x, 4096), expected)
+    allowed = os.sched_getaffinity(0)
+    for thread in os.listdir("/proc/self/task"):
+        assert os.sched_getaffinity(int(thread)) == allowed
+
+
 @pytest.mark.parametrize(
     "case",
     [

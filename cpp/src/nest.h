@@ -17,6 +17,7 @@ constexpr unsigned bit(Operand o) { return 1u << o; }
 struct Axis {
     index_t extent = 1;
     bool reduced = false;  // belongs to S: its elements share one mean and variance
+    bool grouped = false;  // the channels of a group: of S, and each with a weight and bias of its own
     index_t stride[kOperands] = {};
 };
 static_assert(std::is_trivially_copyable<Axis>::value, "Nest copies only the axes that it has");

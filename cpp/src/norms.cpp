@@ -109,6 +109,7 @@ bool make_problem(const Spec& spec, const View& x, Problem* out) {
             groups.reduced = row.set & kGroup;
             out->axes.push(groups);
             a.extent = groups.extent ? a.extent / groups.extent : 1;
+            a.grouped = row.groups == Groups::num_groups;
             role = kChannel;
         }
         a.reduced = row.set & role;

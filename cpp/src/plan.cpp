@@ -49,7 +49,8 @@ Plan make_plan(const Problem& problem) {
     const bool reduced_outside = kept_begin > 0;
 
     // Sets of one element (batch norm of one vector) are columns of one row.
-    const bool rows = run_begin < axes.n && (run >= kShortestRun || !reduced_outside);
+    const bool channels = run_begin == axes.n - 1 && axes.axis[run_begin].grouped && run <= kMostMerged;
+    const bool rows = run_begin < axes.n && ((run >= kShortestRun && !channels) || !reduced_outside);
     plan.walk = rows ? Walk::rows : Walk::columns;
 
     if (plan.walk == Walk::rows) {

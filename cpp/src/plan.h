@@ -36,8 +36,10 @@ struct Plan {
 };
 
 // A run of at least this many elements is walked as rows although other axes of the set lie outside it; a shorter one
-// (C/G channels of an NHWC group norm) becomes lanes that are merged.
+// becomes lanes that are merged. So do the channels of a group (NHWC) if they are no more than kMostMerged: neighbouring
+// groups are neighbours in memory, where neighbouring images of batch norm lie apart (docs/decisions/0002-schedule.md).
 constexpr index_t kShortestRun = 48;
+constexpr index_t kMostMerged = 256;
 
 Plan make_plan(const Problem& problem);
 
