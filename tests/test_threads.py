@@ -86,7 +86,7 @@ def test_threads_keep_the_cores_that_they_may_use(rng):
     expected = nk.layer_norm(x, 4096)
     for pause in (0, 0.02) * 5:
         sleep(pause)
-        with _debug.force(threads=3):
+        with _debug.force(threads=2):
             bounds.assert_same_bits(nk.layer_norm(x, 4096), expected)
     allowed = os.sched_getaffinity(0)
     for thread in os.listdir("/proc/self/task"):

@@ -124,7 +124,7 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
         s.lanes = lanes_of_unit(lanes, merge);
     }
     const index_t all = plan.total * element * (arrays + 1);
-    const bool short_rows_pay = all >= far_bytes(Writes::runs, s.threads) || arrays > 1;
+    const bool short_rows_pay = all >= far_bytes(Writes::beside, s.threads) || arrays > 1;
     const bool long_rows = plan.set_size * element >= (short_rows_pay ? kLeastRow : kLeastRowNear);
     const bool beyond_l2 = plan.total * element > l2_bytes() / 2 * s.threads;
     const bool worth = beyond_l2 && (set_is_row(plan) ? long_rows : plan.run.size() >= kLeastRun);

@@ -319,25 +319,6 @@ NK_INLINE Moments loose_leaf(In x, index_t rows, index_t lanes) {
     return {count, pilot + off, M2_about_mean(block.total_squares, off, count)};
 }
 
-// A leaf whose squares are still to come.
-template <class X>
-struct MeanOfLeaf {
-    using T = Compute<X>;
-    In x;
-    double mean;
-    T pilot;
-    double off;  // the mean less the pilot
-
-    NK_INLINE MeanOfLeaf(In leaf, const T origin, double mean_of_leaf)
-        : x(leaf),
-          mean(mean_of_leaf),
-          pilot(static_cast<T>(origin + mean)),
-          off(mean - static_cast<double>(pilot - origin)) {}
-    NK_INLINE Moments with(double squares, double count) const {
-        return {count, mean, M2_about_mean(squares, off, count)};
-    }
-};
-
 // How leaves are summed: about zero, in one reading; about their means, in two, one after the other; or the squares of
 // one beside the mean of the next.
 enum class Leaf { about_zero, in_turn, overlapped };
@@ -517,17 +498,17 @@ NK_INLINE void to_boundary(Row& row, char* to) {
     if (head > 0) row.vector(static_cast<int>(head < row.lanes ? head : row.lanes));
 }
 
-// Non-temporal stores need elements that can reach a vector boundary at all. Where rows have gaps between them they
-// take whole lines too, or rows so long that their ends, ordinary stores, cost less than is gained: a core waits for
-// the line of each, and the non-temporal stores behind it wait too. Time with them over time without, rows 16 bytes
-// past a line, layer norm forward and backward (one thread of a Zen 4): 128 lanes 2.0 and 1.7, 384 1.3 and 0.95, 768
-// 0.75 and 0.8. Rows without gaps have no ends (Seam).
+// Non-temporal stores need elements that can reach a vector boundary at all. Where rows begin or end within a line they
+// have to be long, so that their ends, ordinary stores, cost less than is gained: a core waits for the line of each,
+// and the non-temporal stores behind it wait too. Time with them over time without, rows 16 bytes past a line, layer
+// norm forward and backward (one thread of a Zen 4): 128 lanes 2.0 and 1.7, 384 1.3 and 0.95, 768 0.75 and 0.8.
+constexpr index_t kLongRow = 3 * 1024;
 template <class X>
-NK_INLINE bool can_stream(Out y, index_t lanes) {
-    constexpr index_t kLine = 64, kLongRow = 3 * 1024, kRow = 512;
-    const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p)), row = bytes<X>(lanes);
+NK_INLINE bool can_stream(Out y, index_t lanes, index_t least = kLongRow) {
+    constexpr index_t kLine = 64;
+    const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p));
     if (past % kLine == 0 && y.row % kLine == 0) return true;
-    return past % sizeof(X) == 0 && y.row % sizeof(X) == 0 && row >= (y.row == row ? kRow : kLongRow);
+    return past % sizeof(X) == 0 && y.row % sizeof(X) == 0 && bytes<X>(lanes) >= least;
 }
 
 template <class X, bool Stream>
@@ -570,23 +551,24 @@ NK_INLINE void put([[maybe_unused]] Seam& seam, char* p, Vec<X> v, int n) {
     put<X, Stream>(p, v, n);
 }
 
-// f(whether rows are stored past the caches, as a constant).
+// f(whether rows are stored past the caches, as a constant), by kernels that put rows without gaps together (Seam).
+// Time with such stores over time without, rows 16 bytes past a line, backward (one thread of a Zen 5): 64 lanes 1.2,
+// 128 0.75.
 template <class X, class F>
 NK_INLINE void with_stream(bool stream, Out y, index_t lanes, F f) {
-    if (stream && can_stream<X>(y, lanes)) {
+    constexpr index_t kRow = 512;
+    if (stream && can_stream<X>(y, lanes, y.row == bytes<X>(lanes) ? kRow : kLongRow)) {
         f(std::true_type{});
     } else {
         f(std::false_type{});
     }
 }
 
-// A row to be written, a few vectors at a time; half as many as its moments, which are two readings, take.
 template <class X, bool WLane, bool Stream>
 struct Applying;
 
 // The first or the last lanes of row tile.row, fewer than a vector, in rows that are written past the caches. Out of
-// the way of whole vectors, and before and after their constants are in registers: 0.92 of the time of rms norm 25088 x
-// 128, which has none of these.
+// the way of whole vectors.
 template <class X, bool WLane>
 __attribute__((noinline, cold)) void apply_part(const Unwritten<X>& tile, index_t lane, index_t n) {
     Applying<X, WLane, false> row(tile);
@@ -603,9 +585,9 @@ NK_INLINE index_t apply_head(const Unwritten<X>& tile) {
     return head;
 }
 
+// A row to be written, a few vectors at a time; half as many as its moments, which are two readings, take.
 template <class X, bool WLane, bool Stream>
 struct Applying {
-    using Element = X;
     using T = Compute<X>;
     static constexpr index_t kElements = kTurn / 2;
     index_t lanes, lane;

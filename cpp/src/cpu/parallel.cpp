@@ -131,25 +131,31 @@ class Shares {
 };
 
 #if defined(_OPENMP)
-// The threads of a parallel region, for which they are on cores of their own, and wait for each other without spinning
-// for long.
+// The threads of a parallel region, where there is a core for each: they come to cores of their own, and wait for each
+// other without keeping anyone from his.
 //
 // A kernel may wake a thread on the core of the one that called it, although others are idle: some do it to save cores.
 // At the end of a region libgomp's threads spin, for 4 to 8 ms, and the one that spins keeps the other from running: a
-// call that takes 60 us on one thread took 7,800 us on two after each pause of 20 ms (torch: up to 15,800).
+// call that takes 60 us on one thread took 7,800 us on two after each pause of 20 ms (torch: up to 15,800). Where
+// threads are more than cores they must share, and moving them about costs more than it gains: three threads on two
+// cores beside another busy process took 28 times as long.
 class Team {
   public:
+    explicit Team(int threads) : one_each_(threads <= omp_get_num_procs()) {}
+
     // Called by each of its threads before and after the work.
     void enter() {
 #if defined(__linux__)
-        if (omp_get_thread_num() == 0) return;
+        if (!one_each_ || omp_get_thread_num() == 0) return;
         const int core = sched_getcpu();
         if (core >= 0 && core == callers_core_) move_from(core);
 #endif
     }
     void leave() {
-        // A few microseconds each; whoever has not come by then is not waiting for this core.
-        constexpr int kSpins = 200, kYields = 1000;
+        if (!one_each_) return;
+        // Whoever has not come after so many looks is not waiting for this core; libgomp's own barrier then waits
+        // longer.
+        constexpr int kSpins = 200, kYields = 100;
         const int all = omp_get_num_threads();
         done_.fetch_add(1, std::memory_order_acq_rel);
         for (int i = 0; i < kSpins + kYields && done_.load(std::memory_order_acquire) < all; ++i) {
@@ -179,6 +185,7 @@ class Team {
         _mm_pause();
 #endif
     }
+    const bool one_each_;
     std::atomic<int> done_{0};
 };
 #endif
@@ -217,7 +224,7 @@ void run_pieces(index_t pieces, int threads, Order order, PieceFunction piece, c
 #if defined(_OPENMP)
     else {
         Shares shares(pieces, threads, order);
-        Team team;
+        Team team(threads);
 #pragma omp parallel num_threads(threads)
         {
             team.enter();
