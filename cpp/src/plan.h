@@ -36,8 +36,9 @@ struct Plan {
 };
 
 // A run of at least this many elements is walked as rows although other axes of the set lie outside it; a shorter one
-// becomes lanes that are merged. So do the channels of a group (NHWC) if they are no more than kMostMerged: neighbouring
-// groups are neighbours in memory, where neighbouring images of batch norm lie apart (docs/decisions/0002-schedule.md).
+// becomes lanes that are merged. So do the channels of a group (NHWC) if they are no more than kMostMerged:
+// neighbouring groups are neighbours in memory, where neighbouring images of batch norm lie apart
+// (docs/decisions/0002-schedule.md).
 constexpr index_t kShortestRun = 48;
 constexpr index_t kMostMerged = 256;
 
