@@ -261,18 +261,18 @@ NK_INLINE double leaf_squares(In x, index_t rows, index_t lanes, Compute<X> pilo
     return squares.total;
 }
 
-// The squares of a leaf that is one run, as something to do beside the mean of another, and beside both whatever there
+// The squares of a whole leaf of one run, as something to do beside the mean of another, and beside both whatever there
 // is.
 template <class X, class Beside>
 class Squaring {
   public:
-    NK_INLINE Squaring(In x, index_t lanes, Compute<X> pilot, Beside& beside)
-        : block_{x, splat<X>(pilot), {}, {}, 0, {}}, lanes_(lanes), beside_(beside) {
+    NK_INLINE Squaring(In x, Compute<X> pilot, Beside& beside)
+        : block_{x, splat<X>(pilot), {}, {}, 0, {}}, beside_(beside) {
         block_.row(0);
     }
     NK_INLINE bool asks() const { return beside_.asks(); }
     NK_INLINE index_t turns() const {
-        const index_t own = (lanes_ - at_) / Block::kLanes, others = beside_.turns() / 2;
+        const index_t own = (kLeafLanes - at_) / Block::kLanes, others = beside_.turns() / 2;
         return own < others ? own : others;
     }
     NK_INLINE void turn() {
@@ -281,31 +281,24 @@ class Squaring {
         beside_.turn();
     }
     NK_INLINE double rest() {
-        for (; lanes_ - at_ >= Block::kLanes && beside_.turns() > 0; beside_.turn()) step();
-        while (lanes_ - at_ >= Block::kLanes) step();
-        if (at_ < lanes_) {
-            block_.tail(at_, static_cast<int>(lanes_ - at_));
-            ++steps_;
-        }
-        if (steps_ > 0) block_.flush();
+        for (; at_ < kLeafLanes && beside_.turns() > 0; beside_.turn()) step();
+        while (at_ < kLeafLanes) step();
         return block_.total;
     }
 
   private:
     using Block = SquaresBlock<X, false>;
-    static_assert(Block::kLanes == kTurn);
+    static constexpr index_t kShort = Block::kLanes * Block::kSteps;  // lanes of a short sum
+    static_assert(Block::kLanes == kTurn && (kLoose || kLeafLanes % kShort == 0));
 
     NK_INLINE void step() {
         block_.full(at_);
         at_ += Block::kLanes;
-        if (++steps_ == Block::kSteps) {
-            block_.flush();
-            steps_ = 0;
-        }
+        if (at_ % kShort == 0) block_.flush();
     }
 
     Block block_;
-    index_t lanes_, at_ = 0, steps_ = 0;
+    index_t at_ = 0;
     Beside& beside_;
 };
 
@@ -359,7 +352,7 @@ NK_INLINE void moments_of_leaves(In x, In origin, index_t rows, index_t lanes, i
         x.p += leaf;
         double squares;
         if constexpr (How == Leaf::overlapped) {
-            Squaring<X, Beside> squaring(here, lanes, pilot, beside);
+            Squaring<X, Beside> squaring(here, pilot, beside);
             if (i + 1 < leaves) next = leaf_mean<X>(x, 1, lanes, origin_of(i + 1), squaring);
             squares = squaring.rest();
         } else {
@@ -466,36 +459,27 @@ void sums_along(In dy, In x, In w, Statistics<Compute<X>> s, index_t rows, index
     }
 }
 
-// Applies f to every vector of a row of `lanes` elements: f(first lane, n), n < kWidth<X> for the last, part-filled
-// one. Where the stores are to be non-temporal, p is brought to a vector boundary first.
-template <class X, bool Stream, class F>
-NK_INLINE void for_vectors(index_t lanes, [[maybe_unused]] const char* p, F f) {
-    index_t at = 0;
-    if constexpr (Stream) {
-        const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(p) % kMemoryBytes<X>);
-        if (past) {
-            index_t head = (kMemoryBytes<X> - past) / static_cast<index_t>(sizeof(X));
-            if (head > lanes) head = lanes;
-            if (head > 0) f(0, static_cast<int>(head));
-            at = head;
-        }
-    }
-    for (; lanes - at >= kWidth<X>; at += kWidth<X>) f(at, kWidth<X>);
-    if (at < lanes) f(at, static_cast<int>(lanes - at));
-}
-
-// Lanes before the first vector boundary.
+// Lanes before the first vector boundary,
 template <class X>
 NK_INLINE index_t head_of(Out y) {
     const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p) % kMemoryBytes<X>);
     return past == 0 ? 0 : (kMemoryBytes<X> - past) / static_cast<index_t>(sizeof(X));
 }
+// of the `lanes` of a row. Non-temporal stores wait for them.
+template <class X>
+NK_INLINE index_t head_of_row(char* y, index_t lanes) {
+    const index_t head = head_of<X>({y, 0});
+    return head < lanes ? head : lanes;
+}
 
-// The vectors of a row before its first boundary, which non-temporal stores wait for.
-template <class Row>
-NK_INLINE void to_boundary(Row& row, char* to) {
-    const index_t head = head_of<typename Row::Element>(Out{to, 0});
-    if (head > 0) row.vector(static_cast<int>(head < row.lanes ? head : row.lanes));
+// Applies f to every vector of a row of `lanes` elements: f(first lane, n), n < kWidth<X> for the last, part-filled
+// one. Where the stores are to be non-temporal, p is brought to a vector boundary first.
+template <class X, bool Stream, class F>
+NK_INLINE void for_vectors(index_t lanes, [[maybe_unused]] char* p, F f) {
+    index_t at = Stream ? head_of_row<X>(p, lanes) : 0;
+    if (at > 0) f(0, static_cast<int>(at));
+    for (; lanes - at >= kWidth<X>; at += kWidth<X>) f(at, kWidth<X>);
+    if (at < lanes) f(at, static_cast<int>(lanes - at));
 }
 
 // Non-temporal stores need elements that can reach a vector boundary at all. Where rows begin or end within a line they
@@ -579,8 +563,7 @@ __attribute__((noinline, cold)) void apply_part(const Unwritten<X>& tile, index_
 // The same for the lanes before the first vector boundary of the row. Returns how many those are.
 template <class X, bool WLane>
 NK_INLINE index_t apply_head(const Unwritten<X>& tile) {
-    index_t head = head_of<X>({tile.y.at(tile.row), 0});
-    if (head > tile.lanes) head = tile.lanes;
+    const index_t head = head_of_row<X>(tile.y.at(tile.row), tile.lanes);
     if (head > 0) apply_part<X, WLane>(tile, 0, head);
     return head;
 }
@@ -595,7 +578,6 @@ struct Applying {
     char* y;
     index_t w_lanes = 0, b_lanes = 0;  // masks: 0 for a constant
     bool centred;                      // as in apply_along_rows: where not, b is added as it is
-    bool far;
     const Unwritten<X>* tile;
     Vec<X> hi, lo, rstd, a = {}, c = {};
 
@@ -606,7 +588,6 @@ struct Applying {
           w(of.w.at(of.row)),
           b(of.b.at(of.row)),
           y(of.y.at(of.row)),
-          far(of.far),
           tile(&of) {
         if (Stream && lane == 0) lane = apply_head<X, WLane>(of);
         const index_t k = of.row * of.s.row;
@@ -638,7 +619,7 @@ struct Applying {
         put<X, Stream>(y + bytes<X>(lane), value(n), n);
         lane += n;
     }
-    NK_INLINE bool asks() const { return Stream || far; }
+    NK_INLINE bool asks() const { return Stream || tile->far; }
     NK_INLINE index_t turns() const { return (lanes - lane) / kElements; }
     NK_INLINE void turn() {
 #pragma GCC unroll 8
@@ -936,7 +917,6 @@ void dx_along(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows,
 // Those are whole vectors; what comes into lanes beyond the row's last is never looked at.
 template <class X, bool Sum, bool Stream>
 struct WritingDx {
-    using Element = X;
     using T = Compute<X>;
     static constexpr index_t kElements = kTurn;
     index_t lanes = 0, lane = 0;
@@ -965,7 +945,10 @@ struct WritingDx {
         rstd = splat<X>(s.rstd[i]);
         e = splat<X>(terms.e);
         c = splat<X>(terms.c);
-        if constexpr (Stream) to_boundary(*this, dx);
+        if constexpr (Stream) {
+            const index_t head = head_of_row<X>(dx, lanes);
+            if (head > 0) vector(static_cast<int>(head));
+        }
     }
     NK_INLINE void add(T* to, Vec<X> v) {
         char* const p = reinterpret_cast<char*>(to + lane);
