@@ -51,7 +51,7 @@ constexpr index_t kLeastRow = 512, kLeastRowNear = 2048;
 constexpr index_t kLongestRow = index_t{1} << 16;
 
 // Elements of a run, where a set has several: the length of a turn.
-constexpr index_t kLeastRun = 64;
+constexpr index_t kLeastRun = 256;
 
 // Elements of a set.
 constexpr index_t kLongSet = index_t{1} << 25;

@@ -36,6 +36,15 @@ struct Rows {
 using In = Rows<const char*>;
 using Out = Rows<char*>;
 
+// Leaves of one shape at one distance: `leaves` of them, `leaf` bytes apart, each `rows` runs of `lanes` contiguous
+// elements. Precondition: 1 <= rows * ceil(lanes / kStep) <= kLeafSteps.
+// float64: the means are less the origin, an element of the set; origin.at(i) is where that of leaf i lies. Other
+// dtypes don't look at it.
+struct LeafSeries {
+    In x, origin;
+    index_t rows = 0, lanes = 0, leaf = 0, leaves = 0;
+};
+
 // What the formula needs to know of each set, in the data's dtype: x is centred as (x - hi) - lo, because a mean
 // rounded to one T costs |mean| / std half-ulps (docs/decisions/0001-reductions.md). In `along` kernels one entry a row
 // (`row` elements apart: 0 when all rows are of one set), in `down` kernels one entry a lane or one a row.
@@ -71,6 +80,9 @@ struct Unwritten {
     bool w_constant = false, b_constant = false;  // of which one vector may stand for all
     index_t row = 0, lane = 0;
     Seam* seam = nullptr;  // whoever has written the last row stores what is left of it
+    // Puts the tile that comes next in the place of this one; false, or null: there is none. It has the same w_lane.
+    bool (*next)(void* writer) = nullptr;
+    void* writer = nullptr;
 
     bool done() const { return row == rows; }
 };
@@ -94,16 +106,12 @@ template <class X>
 struct Kernels {
     using T = Compute<X>;
 
-    // Moments of `leaves` leaves, each `rows` runs of `lanes` contiguous elements; `leaf` bytes between leaves.
-    // center = false: moments about zero. Preconditions: 1 <= rows * ceil(lanes / kStep) <= kLeafSteps.
-    // float64: the means are less the origin, an element of the set; origin.at(i) is where that of leaf i lies. Other
-    // dtypes don't look at it.
-    void (*moments_along)(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
-                          Moments* out);
+    // Moments of the leaves of n series, one after another.
+    // center = false: moments about zero.
+    void (*moments_along)(const LeafSeries* series, index_t n, bool center, Moments* out);
 
     // The same while `tile` is written, as far as that goes. Index: its w_lane.
-    void (*moments_beside[2])(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
-                              Moments* out, Unwritten<X>& tile);
+    void (*moments_beside[2])(const LeafSeries* series, index_t n, bool center, Moments* out, Unwritten<X>& tile);
 
     // Adds `rows` rows to the moments of each lane, which have seen `seen` rows so far. `rows` may be any number, but
     // only the last call for a lane may bring one that is not a multiple of kLeafRows. origin: as above, one a lane.

@@ -320,65 +320,164 @@ enum class Leaf { about_zero, in_turn, overlapped };
 // of a core busy, squares the others, and memory is never idle. One thread of a Zen 5, time of one after the other over
 // time with it: group NCHW 1 x 128 x 512^2 1.3, 32 x 256 x 56^2 1.17, instance 2 x 32 x 64^3 1.28; in L3 1.0. Other
 // instruction sets have too few registers.
-NK_INLINE Leaf leaf_of(bool center, index_t rows, index_t lanes, index_t leaves) {
+NK_INLINE Leaf leaf_of(const LeafSeries& s, bool center) {
     if (!center || kLoose) return Leaf::about_zero;
-    const bool can = kVectorBytes == 64 && rows == 1 && leaves > 1 && lanes == kLeafLanes;
+    const bool can = kVectorBytes == 64 && s.rows == 1 && s.leaves > 1 && s.lanes == kLeafLanes;
     return can ? Leaf::overlapped : Leaf::in_turn;
 }
 
-template <class X, Leaf How, class Beside>
-NK_INLINE void moments_of_leaves(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves,
-                                 [[maybe_unused]] bool center, Moments* out, Beside& beside) {
+// Goes through the leaves of some series.
+template <class X>
+class LeafCursor {
+  public:
+    using T = Compute<X>;
+
+    NK_INLINE LeafCursor(const LeafSeries* series, index_t n) : now_(series), end_(series + n) {
+        if (now_ != end_) begin();
+    }
+    NK_INLINE bool done() const { return now_ == end_; }
+    NK_INLINE void next() {
+        x_.p += now_->leaf;
+        origin_ += now_->origin.row;
+        if (--left_ == 0 && ++now_ != end_) begin();
+    }
+    NK_INLINE In x() const { return x_; }
+    NK_INLINE index_t rows() const { return now_->rows; }
+    NK_INLINE index_t lanes() const { return now_->lanes; }
+    NK_INLINE T origin() const {
+        if constexpr (kAboutOrigin<X>) return value_at<T>(origin_);
+        return T{0};
+    }
+
+  private:
+    NK_INLINE void begin() {
+        x_ = now_->x;
+        origin_ = now_->origin.p;
+        left_ = now_->leaves;
+    }
+
+    const LeafSeries *now_, *const end_;
+    In x_;
+    const char* origin_ = nullptr;
+    index_t left_ = 0;
+};
+
+template <class X, bool AboutZero, class Beside>
+NK_INLINE Moments moments_of_leaf(In x, index_t rows, index_t lanes, Compute<X> origin, [[maybe_unused]] bool center,
+                                  Beside& beside) {
     using T = Compute<X>;
     const double count = static_cast<double>(rows * lanes);
+    if constexpr (AboutZero) {
+        if (kLoose && center) return loose_leaf<X>(x, rows, lanes);
+        return {count, 0, leaf_squares<X, true>(x, rows, lanes, 0, beside)};
+    } else {
+        const double mean = leaf_mean<X>(x, rows, lanes, origin, beside);
+        const T pilot = static_cast<T>(origin + mean);
+        const double squares = leaf_squares<X, false>(x, rows, lanes, pilot, beside);
+        return {count, mean, M2_about_mean(squares, mean - static_cast<double>(pilot - origin), count)};
+    }
+}
+
+// The same through one series of whole leaves of one run, whose length compilers know.
+template <class X>
+class WholeLeaves {
+  public:
+    NK_INLINE explicit WholeLeaves(const LeafSeries& s) : x_(s.x), origin_(s.origin), leaf_(s.leaf), left_(s.leaves) {}
+    NK_INLINE bool done() const { return left_ == 0; }
+    NK_INLINE void next() {
+        x_.p += leaf_;
+        origin_.p += origin_.row;
+        --left_;
+    }
+    NK_INLINE In x() const { return x_; }
+    NK_INLINE static index_t rows() { return 1; }
+    NK_INLINE static index_t lanes() { return kLeafLanes; }
+    NK_INLINE Compute<X> origin() const {
+        if constexpr (kAboutOrigin<X>) return value_at<Compute<X>>(origin_.p);
+        return 0;
+    }
+
+  private:
+    In x_, origin_;
+    const index_t leaf_;
+    index_t left_;
+};
+
+template <Leaf How, class X>
+NK_INLINE auto leaves_of(const LeafSeries* series, index_t n) {
+    if constexpr (How == Leaf::overlapped) {
+        return WholeLeaves<X>(*series);
+    } else {
+        return LeafCursor<X>(series, n);
+    }
+}
+
+template <class X, Leaf How, class Beside>
+NK_INLINE void moments_of_leaves(const LeafSeries* series, index_t n, bool center, Moments* out, Beside& beside) {
+    auto leaf = leaves_of<How, X>(series, n);
+    using T = Compute<X>;
     if constexpr (How == Leaf::about_zero) {
-        for (index_t i = 0; i < leaves; ++i, x.p += leaf) {
-            out[i] = kLoose && center ? loose_leaf<X>(x, rows, lanes)
-                                      : Moments{count, 0, leaf_squares<X, true>(x, rows, lanes, 0, beside)};
+        for (; !leaf.done(); leaf.next()) {
+            *out++ = moments_of_leaf<X, true>(leaf.x(), leaf.rows(), leaf.lanes(), 0, center, beside);
         }
         return;
     }
-    const auto origin_of = [&](index_t i) NK_INLINE_LAMBDA {
-        if constexpr (kAboutOrigin<X>) return value_at<T>(origin.at(i));
-        return T{0};
-    };
     // The mean of the next leaf before the squares of this one: what is left of a sum at its end, folding and a
     // division, is latency, and hides behind other work.
-    double next = leaf_mean<X>(x, rows, lanes, origin_of(0), beside);
-    for (index_t i = 0; i < leaves; ++i) {
+    const auto mean_beside = [&](auto& work) NK_INLINE_LAMBDA {
+        return leaf_mean<X>(leaf.x(), leaf.rows(), leaf.lanes(), leaf.origin(), work);
+    };
+    double next = mean_beside(beside);
+    while (!leaf.done()) {
         const double mean = next;
-        const T from = origin_of(i), pilot = static_cast<T>(from + mean);
-        const In here = x;
-        x.p += leaf;
+        const In here = leaf.x();
+        const index_t rows = leaf.rows(), lanes = leaf.lanes();
+        const T from = leaf.origin(), pilot = static_cast<T>(from + mean);
+        leaf.next();
         double squares;
         if constexpr (How == Leaf::overlapped) {
             Squaring<X, Beside> squaring(here, pilot, beside);
-            if (i + 1 < leaves) next = leaf_mean<X>(x, 1, lanes, origin_of(i + 1), squaring);
+            if (!leaf.done()) next = mean_beside(squaring);
             squares = squaring.rest();
         } else {
-            if (i + 1 < leaves) next = leaf_mean<X>(x, rows, lanes, origin_of(i + 1), beside);
+            if (!leaf.done()) next = mean_beside(beside);
             squares = leaf_squares<X, false>(here, rows, lanes, pilot, beside);
         }
-        out[i] = {count, mean, M2_about_mean(squares, mean - static_cast<double>(pilot - from), count)};
+        const double count = static_cast<double>(rows * lanes);
+        *out++ = {count, mean, M2_about_mean(squares, mean - static_cast<double>(pilot - from), count)};
+    }
+}
+
+// f(how, series, n, out) for some series after another that are summed alike; those that can be overlapped go alone.
+template <class F>
+NK_INLINE void for_alike(const LeafSeries* series, index_t n, bool center, Moments* out, F f) {
+    for (index_t first = 0, last; first < n; first = last) {
+        const Leaf how = leaf_of(series[first], center);
+        index_t leaves = series[first].leaves;
+        last = first + 1;
+        if (how != Leaf::overlapped) {
+            for (; last < n && leaf_of(series[last], center) == how; ++last) leaves += series[last].leaves;
+        }
+        f(how, series + first, last - first, out);
+        out += leaves;
     }
 }
 
 // A function for each way: GCC 12 keeps sums in registers only where functions are not too large.
 template <class X, Leaf How>
-void moments_along_as(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
-                      Moments* out) {
+void moments_along_as(const LeafSeries* series, index_t n, bool center, Moments* out) {
     Nothing nothing;
-    moments_of_leaves<X, How>(x, origin, rows, lanes, leaf, leaves, center, out, nothing);
+    moments_of_leaves<X, How>(series, n, center, out, nothing);
 }
 
 template <class X>
-void moments_along(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
-                   Moments* out) {
-    const Leaf how = leaf_of(center, rows, lanes, leaves);
-    const auto kernel = how == Leaf::about_zero ? moments_along_as<X, Leaf::about_zero>
-                        : how == Leaf::in_turn  ? moments_along_as<X, Leaf::in_turn>
-                                                : moments_along_as<X, Leaf::overlapped>;
-    kernel(x, origin, rows, lanes, leaf, leaves, center, out);
+void moments_along(const LeafSeries* series, index_t n, bool center, Moments* out) {
+    for_alike(series, n, center, out, [center](Leaf how, const LeafSeries* alike, index_t m, Moments* to) {
+        const auto kernel = how == Leaf::about_zero ? moments_along_as<X, Leaf::about_zero>
+                            : how == Leaf::in_turn  ? moments_along_as<X, Leaf::in_turn>
+                                                    : moments_along_as<X, Leaf::overlapped>;
+        kernel(alike, m, center, to);
+    });
 }
 
 // Sums of g and of g * (x - hi): what makes of the second the sum of g * xhat is the same for the whole set.
@@ -791,7 +890,12 @@ void apply_along(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows
     });
 }
 
-// A tile as something to write beside other work, which ends in the midst of its rows.
+template <class X>
+__attribute__((noinline, cold)) bool next_tile(const Unwritten<X>& tile) {
+    return tile.next && tile.next(tile.writer);
+}
+
+// A tile, and those that come next, as something to write beside other work, which ends in the midst of its rows.
 template <class X, bool WLane, bool Stream>
 class ApplyingTile {
   public:
@@ -804,7 +908,7 @@ class ApplyingTile {
         if (row_.turns() > 0) return;
         row_.rest();
         tile_.lane = 0;
-        if (++tile_.row < tile_.rows) row_ = Applying<X, WLane, Stream>(tile_);
+        if (++tile_.row < tile_.rows || next_tile(tile_)) row_ = Applying<X, WLane, Stream>(tile_);
     }
     NK_INLINE void leave() {
         if (!tile_.done()) tile_.lane = row_.lane;
@@ -816,44 +920,42 @@ class ApplyingTile {
 };
 
 template <class X, Leaf How, bool WLane, bool Stream>
-void moments_beside_tile(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
-                         Moments* out, Unwritten<X>& tile) {
-    const index_t left = tile.rows - tile.row, per_row = leaves / left;
-    if (How != Leaf::overlapped && per_row * left == leaves && tile.lane == 0) {
+void moments_beside_tile(const LeafSeries* series, index_t n, bool center, Moments* out, Unwritten<X>& tile) {
+    const LeafSeries rows = *series;
+    const index_t left = tile.rows - tile.row, per_row = rows.leaves / left;
+    if (How != Leaf::overlapped && n == 1 && per_row * left == rows.leaves && tile.lane == 0) {
         // In step, row by row: what is known of a row then stays in registers.
+        In x = rows.x, origin = rows.origin;
         for (; !tile.done(); ++tile.row) {
             Applying<X, WLane, Stream> applying(tile);
-            for (index_t i = 0; i < per_row; ++i, x.p += leaf, origin.p += origin.row) {
-                moments_of_leaves<X, How>(x, origin, rows, lanes, 0, 1, center, out++, applying);
+            for (index_t i = 0; i < per_row; ++i, x.p += rows.leaf, origin.p += origin.row) {
+                const Compute<X> from = kAboutOrigin<X> ? value_at<Compute<X>>(origin.p) : 0;
+                *out++ = moments_of_leaf<X, How == Leaf::about_zero>(x, rows.rows, rows.lanes, from, center, applying);
             }
             applying.rest();
         }
         return;
     }
     ApplyingTile<X, WLane, Stream> applying(tile);
-    moments_of_leaves<X, How>(x, origin, rows, lanes, leaf, leaves, center, out, applying);
+    moments_of_leaves<X, How>(series, n, center, out, applying);
     applying.leave();
 }
 
 template <class X, bool WLane, bool Stream>
-NK_INLINE void moments_beside_as(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves,
-                                 bool center, Moments* out, Unwritten<X>& tile) {
-    const Leaf how = leaf_of(center, rows, lanes, leaves);
-    const auto kernel = how == Leaf::about_zero ? moments_beside_tile<X, Leaf::about_zero, WLane, Stream>
-                        : how == Leaf::in_turn  ? moments_beside_tile<X, Leaf::in_turn, WLane, Stream>
-                                                : moments_beside_tile<X, Leaf::overlapped, WLane, Stream>;
-    kernel(x, origin, rows, lanes, leaf, leaves, center, out, tile);
+NK_INLINE void moments_beside_as(const LeafSeries* series, index_t n, bool center, Moments* out, Unwritten<X>& tile) {
+    for_alike(series, n, center, out, [&](Leaf how, const LeafSeries* alike, index_t m, Moments* to) {
+        if (tile.done()) return moments_along<X>(alike, m, center, to);
+        const auto kernel = how == Leaf::about_zero ? moments_beside_tile<X, Leaf::about_zero, WLane, Stream>
+                            : how == Leaf::in_turn  ? moments_beside_tile<X, Leaf::in_turn, WLane, Stream>
+                                                    : moments_beside_tile<X, Leaf::overlapped, WLane, Stream>;
+        kernel(alike, m, center, to, tile);
+    });
 }
 
 template <class X, bool WLane>
-void moments_beside(In x, In origin, index_t rows, index_t lanes, index_t leaf, index_t leaves, bool center,
-                    Moments* out, Unwritten<X>& tile) {
-    if (tile.done()) {
-        moments_along<X>(x, origin, rows, lanes, leaf, leaves, center, out);
-        return;
-    }
+void moments_beside(const LeafSeries* series, index_t n, bool center, Moments* out, Unwritten<X>& tile) {
     with_stream<X>(tile.stream, tile.y, tile.lanes, [&](auto streamed) NK_INLINE_LAMBDA {
-        moments_beside_as<X, WLane, streamed>(x, origin, rows, lanes, leaf, leaves, center, out, tile);
+        moments_beside_as<X, WLane, streamed>(series, n, center, out, tile);
     });
 }
 

@@ -21,6 +21,7 @@ using normkit::cpu::BackwardRows;
 using normkit::cpu::In;
 using normkit::cpu::Kernels;
 using normkit::cpu::kMostSums;
+using normkit::cpu::LeafSeries;
 using normkit::cpu::Out;
 using normkit::cpu::Rows;
 using normkit::cpu::Seam;

@@ -30,10 +30,8 @@ class LeafReader {
         : operand_(operand), dtype_(dtype), runs_(collapse(runs, bit(operand))), run_(collapse(run, bit(operand))) {}
 
     Strided operator()(const char* set, const Leaves::Leaf& leaf, E* buffer) const {
-        if (run_.n == 1 && (leaf.rows == 1 || runs_.n == 1)) {
-            const index_t lane = run_.inner().stride[operand_];
-            return {set + runs_.offset(operand_, leaf.first_run) + leaf.lane * lane, runs_.inner().stride[operand_],
-                    lane, dtype_};
+        if (in_place(leaf.rows)) {
+            return {run(set, leaf.first_run) + leaf.lane * lane(), row(), lane(), dtype_};
         }
         E* to = buffer;
         for (index_t r = 0; r < leaf.rows; ++r) {
@@ -60,8 +58,14 @@ class LeafReader {
         return true;
     }
 
-    // Whether every run is evenly spaced in memory.
-    bool direct() const { return run_.n == 1; }
+    // Whether leaves of so many rows need no gathering.
+    bool in_place(index_t rows) const { return run_.n == 1 && (rows == 1 || runs_.n == 1); }
+    index_t lane() const { return run_.inner().stride[operand_]; }
+    index_t row() const { return runs_.inner().stride[operand_]; }
+    bool evenly() const { return runs_.n == 1; }  // whether runs lie one row() apart
+    const char* run(const char* set, index_t r) const {
+        return set + (evenly() ? r * row() : runs_.offset(operand_, r));
+    }
     bool one_row() const { return run_.n == 1 && runs_.size() == 1; }
 
   private:
@@ -70,19 +74,95 @@ class LeafReader {
     Nest runs_, run_;
 };
 
-// Cuts the sets into pieces of work of about kPieceBytes each; some sets to a piece, so that one can be read while
-// another is written.
-constexpr index_t kLeastSets = 8;
+// Goes through the leaves of neighbouring sets, as series for the kernels. Step by step: to find each leaf by its
+// number took a fifth as long as its sums.
+template <class X>
+class LeafWalk {
+  public:
+    // Sets begin at x, `next` bytes apart; `from`: the first leaf, counted through all of them. buffer: for leaves that
+    // have to be gathered, which come one at a time.
+    LeafWalk(const LeafReader<X>& read, const Leaves& leaves, const char* x, index_t next, index_t from, X* buffer)
+        : read_(read),
+          leaves_(leaves),
+          in_place_(read.in_place(leaves.rows)),
+          in_set_(leaves.count()),
+          whole_(leaves.per_run > 1 ? leaves.run / kLeafLanes : leaves.runs / leaves.rows),
+          next_(next),
+          buffer_(buffer),
+          set_(x + from / in_set_ * next),
+          leaf_(from % in_set_),
+          run_(leaf_ / leaves.per_run * leaves.rows),
+          piece_(leaf_ % leaves.per_run) {}
+
+    // Leaves of one series, at most `room`.
+    LeafSeries take(index_t room) {
+        if (leaf_ == in_set_) {
+            set_ += next_;
+            leaf_ = run_ = 0;
+        }
+        const LeafSeries series = !in_place_            ? gathered()
+                                  : leaves_.per_run > 1 ? pieces_of_run(room)
+                                                        : whole_runs(room);
+        leaf_ += series.leaves;
+        return series;
+    }
+
+  private:
+    LeafSeries gathered() {
+        const Leaves::Leaf leaf = leaves_[leaf_];
+        const Strided at = read_(set_, leaf, buffer_);
+        return {{at.p, at.row}, {set_, 0}, leaf.rows, leaf.lanes, 0, 1};
+    }
+    LeafSeries pieces_of_run(index_t room) {
+        const index_t bytes = kLeafLanes * read_.lane();
+        LeafSeries series{{read_.run(set_, run_) + piece_ * bytes, read_.row()}, {set_, 0}, 1, kLeafLanes, bytes, 1};
+        if (piece_ < whole_) {
+            series.leaves = std::min(whole_ - piece_, room);
+        } else {
+            series.lanes = leaves_.run - piece_ * kLeafLanes;
+        }
+        piece_ += series.leaves;
+        if (piece_ == leaves_.per_run) {
+            piece_ = 0;
+            ++run_;
+        }
+        return series;
+    }
+    LeafSeries whole_runs(index_t room) {
+        LeafSeries series{{read_.run(set_, run_), read_.row()}, {set_, 0}, leaves_.rows, leaves_.run, 0, 1};
+        if (leaf_ < whole_) {
+            if (read_.evenly()) series.leaves = std::min(whole_ - leaf_, room);
+            series.leaf = leaves_.rows * read_.row();
+        } else {
+            series.rows = leaves_.runs - run_;
+        }
+        run_ += series.leaves * leaves_.rows;
+        return series;
+    }
+
+    const LeafReader<X>& read_;
+    const Leaves& leaves_;
+    const bool in_place_;
+    const index_t in_set_;  // leaves in a set
+    const index_t whole_;   // full ones in a run, or, where runs are short, in a set
+    const index_t next_;
+    X* const buffer_;
+    const char* set_;
+    index_t leaf_, run_, piece_;  // the next leaf: in the set, and where it begins
+};
+
+// Cuts the sets into pieces of work of about kPieceBytes each; or, where one set is read while another is written, into
+// as few as keep the threads evenly busy: the first sets of a piece are read, and its last ones written, with nothing
+// beside.
 struct SetPieces {
     index_t sets, per;
     // at_once: sets that are written together.
-    SetPieces(const Plan& plan, index_t element, int threads, index_t at_once) : sets(plan.sets) {
+    SetPieces(const Plan& plan, index_t element, const Schedule& schedule, index_t at_once) : sets(plan.sets) {
         const index_t bytes = plan.set_size * element;
-        per = bytes > 0 ? kPieceBytes / bytes : 1;
-        if (per < kLeastSets) per = kLeastSets;
+        const index_t fair = schedule.threads > 1 ? sets / (4 * schedule.threads) : sets;
+        per = schedule.by_row || bytes == 0 ? fair : kPieceBytes / bytes;
         if (per < at_once) per = at_once;
-        const index_t fair = sets / (4 * threads);
-        if (threads > 1 && per > fair) per = fair;
+        if (per > fair) per = fair;
         if (per > at_once) per -= per % at_once;
         if (per < 1) per = 1;
     }
@@ -105,17 +185,28 @@ inline index_t elements_per_piece(const Plan& plan, const Schedule& schedule) {
     return plan.set_size / pieces_per_set(plan, plan.set_size / kStep + 1, schedule) + 1;
 }
 
+// How neighbouring sets that lie interleaved come together: with statistics that are given, in the order of memory; or
+// sums are taken of all before they are written, which should find them in L2, or written beside the sums of the next.
+enum class Together { given, in_turn, beside };
+
+// Bytes of neighbouring runs that make a row long enough. Time of batch norm 32 x 512 x 28^2 forward, beside, with 16
+// KiB over time with 6: 1.15, 32 x 400 x 31^2 1.1; 32 x 1024 x 14^2, in turn, with 6 over 16: 1.15 (one thread of a Zen
+// 5).
+inline index_t short_rows(Together how) {
+    constexpr index_t kKiB = 1024;
+    return how == Together::given ? kPieceBytes : (how == Together::in_turn ? 16 : 6) * kKiB;
+}
+
 // Neighbouring sets as they are written together: the innermost kept axis, so many at a time, and their elements as
 // tiles.
 class SetTiles {
   public:
-    // bytes: of all arrays that are read, for one element of a set. near: sums are taken of all sets before they are
-    // written, which should find them in L2.
-    SetTiles(const Plan& plan, const Nest& elements, index_t bytes, bool near, index_t most = kSetsAtOnce)
+    // bytes: of all arrays that are read, for one element of a set.
+    SetTiles(const Plan& plan, const Nest& elements, index_t bytes, Together how, index_t most = kSetsAtOnce)
         : next(plan.kept.n > 0 ? plan.kept.inner() : Axis{}),
           elements_(elements),
-          interleaved_(elements.n == 1 || is_inside(next, elements.axis[elements.n - 2])),
-          at_once_(std::min(most, number(plan, bytes, near))),
+          at_once_(std::min(most, number(plan, bytes, how))),
+          interleaved_(at_once_ > 1 && lies_interleaved()),
           tiles_(tiles_of(at_once_)) {}
 
     const Axis next;  // from a set to its neighbour
@@ -203,19 +294,23 @@ class SetTiles {
     };
 
   private:
-    static bool is_inside(const Axis& a, const Axis& b) {
-        return std::abs(a.stride[kX]) < std::abs(b.stride[kX]) && std::abs(a.stride[kY]) < std::abs(b.stride[kY]);
+    // Whether rows of neighbouring sets lie between those of a set, or a set is one row.
+    bool lies_interleaved() const {
+        if (elements_.n == 1) return true;
+        const Axis& rows = elements_.axis[elements_.n - 2];
+        return std::abs(next.stride[kX]) < std::abs(rows.stride[kX]) &&
+               std::abs(next.stride[kY]) < std::abs(rows.stride[kY]);
     }
 
     // Enough for rows of some length where sets are short, or where their runs lie interleaved in memory (batch norm of
     // small images, group norm in NHWC), so that memory is read and written in order.
-    index_t number(const Plan& plan, index_t bytes, bool near) const {
+    index_t number(const Plan& plan, index_t bytes, Together how) const {
         const index_t set = plan.set_size * bytes, run = plan.run.size() * bytes;
         index_t n = kNearBytes / set;
-        if (interleaved_ && elements_.n > 1) {
-            const index_t rows = (near ? kShortRows : kPieceBytes) / run, most = kPieceBytes / set;
+        if (elements_.n > 1 && lies_interleaved()) {
+            const index_t rows = short_rows(how) / run, most = kPieceBytes / set;
             const bool narrow = most * run < kLeastWidth;
-            const index_t wanted = !near || narrow || rows < most ? rows : most;
+            const index_t wanted = how == Together::given || narrow || rows < most ? rows : most;
             if (wanted > n) n = wanted;
             while (n & (n - 1)) n &= n - 1;  // whole cache lines, whatever the run
         }
@@ -239,9 +334,9 @@ class SetTiles {
     static constexpr index_t kLeastWidth = 4096;
 
     const Nest elements_;
-    const bool interleaved_;  // rows of neighbouring sets lie between those of a set, or a set is one row
     const index_t at_once_;
-    const Tiles tiles_;  // of as many sets
+    const bool interleaved_;  // and more than one at once
+    const Tiles tiles_;       // of as many sets
 };
 
 }  // namespace normkit::cpu

@@ -63,7 +63,7 @@ class RowsBackward {
           leaf_is_set_(leaves_.count() == 1 && set_is_row_),
           elements_(collapse(joined(plan.runs, plan.run), kBackwardOperands)),
           leaf_is_cell_(leaves_.count() == 1 && read_dy_.one_row() && read_x_.one_row()),
-          tiles_(plan, elements_, 2 * sizeof(X), true),
+          tiles_(plan, elements_, 2 * sizeof(X), Together::in_turn),
           storage_(plan.sets * SetStatistics<T>::kArrays),
           statistics_(storage_.get(), plan.sets) {}
 
@@ -177,7 +177,7 @@ class RowsBackward {
         const Buffer<Sums> parameters = zeroed_sums(call_);
         const bool wants_sums = wants_set_sums() || call_.parameters;
         if (schedule_.resident && !schedule_.split) {
-            const SetPieces pieces(plan_, 2 * sizeof(X), schedule_.threads, tiles_.at_once());
+            const SetPieces pieces(plan_, 2 * sizeof(X), schedule_, tiles_.at_once());
             parallel_for(pieces.count(), schedule_.threads, [&](index_t i) {
                 for (index_t set = pieces.first(i), n; set < pieces.last(i) && !gives_up(); set += n) {
                     n = tiles_.take(set, pieces.last(i));
@@ -423,7 +423,7 @@ class RowsBackward {
             sweep_sums(sums);
             return;
         }
-        const SetPieces pieces(plan_, 2 * sizeof(X), schedule_.threads, tiles_.at_once());
+        const SetPieces pieces(plan_, 2 * sizeof(X), schedule_, tiles_.at_once());
         parallel_for(pieces.count(), schedule_.threads, [&](index_t i) {
             for (index_t set = pieces.first(i); set < pieces.last(i); ++set) set_sums(set);
         });

@@ -7,7 +7,7 @@
 namespace normkit::cpu {
 namespace {
 
-constexpr index_t kLeavesAtOnce = 32;
+constexpr index_t kLeavesAtOnce = kSetsAtOnce;
 // Given statistics: sets whose elements are written in the order of memory, however many times apart. Time with 64 over
 // time with 512, batch norm 32 x 2048 x 7^2: 2.2, 32 x 1024 x 14^2: 1.2 (one thread of a Zen 4).
 template <class T>
@@ -44,13 +44,14 @@ class RowsForward {
           read_x_(plan.runs, plan.run, kX, call.dtype),
           set_(joined(plan.runs, plan.run)),
           elements_(collapse(set_, kForwardOperands)),
-          leaf_is_set_(leaves_.count() == 1 && read_x_.one_row()),
-          tiles_(plan, elements_, sizeof(X), !call.given, call.given ? kGivenAtOnce<T> : kSetsAtOnce),
+          in_place_(read_x_.in_place(leaves_.rows)),
+          lane_(in_place_ && leaves_.run > 1 ? read_x_.lane() : sizeof(X)),
+          tiles_(plan, elements_, sizeof(X), together(call, schedule), call.given ? kGivenAtOnce<T> : kSetsAtOnce),
           in_rows_(goes_in_rows()) {}
 
     void run() {
         if (schedule_.resident && !schedule_.split) {
-            const SetPieces pieces(plan_, sizeof(X), schedule_.threads, tiles_.at_once());
+            const SetPieces pieces(plan_, sizeof(X), schedule_, tiles_.at_once());
             parallel_for(pieces.count(), schedule_.threads,
                          [&](index_t i) { whole_sets(pieces.first(i), pieces.last(i)); });
         } else {
@@ -59,15 +60,18 @@ class RowsForward {
     }
 
   private:
+    static Together together(const ForwardCall& call, const Schedule& schedule) {
+        return call.given ? Together::given : schedule.by_row ? Together::beside : Together::in_turn;
+    }
+    static Unwritten<X>* nothing() { return nullptr; }
+
     // Neighbouring sets whose moments are taken before they are written.
     struct Batch {
-        Batch() {}
+        Batch() {}  // leaves what it can uninitialized: small calls would notice
 
         index_t n = 0;
         Offsets at;  // of the first
-        union {      // not initialized: small calls would notice
-            Moments moments[kSetsAtOnce];
-        };
+        Room<Moments, kSetsAtOnce> moments;
         T storage[SetStatistics<T>::kArrays * kGivenAtOnce<T>];
         SetStatistics<T> statistics{storage, kGivenAtOnce<T>};
     };
@@ -77,7 +81,7 @@ class RowsForward {
         Batch batch;
         for (index_t set = first; set < last && !gives_up(); set += batch.n) {
             take(set, last, &batch);
-            moments_of(&batch, 0, batch.n, []() -> Unwritten<X>* { return nullptr; });
+            moments_of(&batch, 0, batch.n, nothing);
             finish(&batch, 0, batch.n);
             if (call_.y) write(batch);
         }
@@ -130,7 +134,9 @@ class RowsForward {
     // point to must stay where it is.
     class WritingTile {
       public:
-        explicit WritingTile(const KernelPair<X>& kernels) : k_(kernels) {}
+        // next, writer: as in Unwritten.
+        explicit WritingTile(const KernelPair<X>& kernels, bool (*next)(void*) = nullptr, void* writer = nullptr)
+            : k_(kernels), next_(next), writer_(writer) {}
         WritingTile(const WritingTile&) = delete;
         ~WritingTile() {
             if (seam_.bytes > 0) std::memcpy(seam_.at, seam_.vector, seam_.bytes);
@@ -140,6 +146,8 @@ class RowsForward {
             tile_ = tile;
             kernels_can_ = to_write_beside(tile_, &left_);
             left_.seam = &seam_;
+            left_.next = next_;
+            left_.writer = writer_;
             left_.row = left_.rows = 0;
         }
         // n of its rows, from `first` on, whose statistics have come, and `scale` with them (null: none).
@@ -158,6 +166,8 @@ class RowsForward {
 
       private:
         const KernelPair<X>& k_;
+        bool (*const next_)(void*);
+        void* const writer_;
         ApplyTo<X> tile_;
         bool kernels_can_ = false;
         Unwritten<X> left_;  // of what has been added
@@ -167,7 +177,10 @@ class RowsForward {
     // A batch, tile by tile.
     class Writing {
       public:
-        explicit Writing(const RowsForward& walk) : walk_(walk), now_(walk.k_) {}
+        explicit Writing(const RowsForward& walk)
+            : walk_(walk),
+              now_(walk.k_, [](void* self) { return static_cast<Writing*>(self)->tile() != nullptr; }, this) {}
+        Writing(const Writing&) = delete;
 
         // The batch must stay where it is.
         void begin(const Batch& batch) {
@@ -217,34 +230,57 @@ class RowsForward {
     void moments_of(Batch* batch, index_t first, index_t n, F beside) const {
         if (call_.given) return;
         const index_t next = tiles_.next.stride[kX], leaves = leaves_.count();
-        const char* x = call_.x + batch->at[kX] + first * next;
-        if (leaf_is_set_) {
-            const Leaves::Leaf row = leaves_[0];
-            moments_along(k_, read_x_(x, row, nullptr), In{x, next}, 1, row.lanes, next, n, plan_.center,
-                          batch->moments + first, beside());
-            return;
-        }
-        if (leaves_.rows > 1 && tiles_.interleaved()) {
+        const char* const x = call_.x + batch->at[kX] + first * next;
+        if (in_place_ && (leaves == 1 || (leaves_.rows > 1 && tiles_.interleaved()))) {
             // In the order of memory: leaf by leaf of all sets.
-            std::fill_n(batch->moments + first, n, Moments{});
-            for (index_t l = 0; l < leaves; ++l) {
-                for (index_t i = 0; i < n; ++i) {
-                    Moments leaf;
-                    some_leaves(x + i * next, l, leaves, &leaf, beside());
-                    batch->moments[first + i].merge(leaf);
+            const index_t at_once = std::max(kLeavesAtOnce / n, index_t{1}), row = read_x_.row();
+            for (index_t l = 0; l < leaves; l += at_once) {
+                Room<LeafSeries, kLeavesAtOnce> series;
+                Room<Moments, kLeavesAtOnce> moments;
+                const index_t taken = std::min(at_once, leaves - l);
+                for (index_t k = 0; k < taken; ++k) {
+                    const index_t run = (l + k) * leaves_.rows, rows = std::min(leaves_.rows, leaves_.runs - run);
+                    series[k] = {{x + run * row, row}, {x, next}, rows, leaves_.run, next, n};
+                }
+                // What there is of a set that is one leaf goes where it belongs.
+                Moments* const to = leaves == 1 ? &batch->moments[first] : moments.all;
+                moments_along(k_, series.all, taken, lane_, plan_.center, to, beside());
+                for (index_t k = 0; leaves > 1 && k < taken * n; ++k) {
+                    put(moments[k], l == 0 && k < n, &batch->moments[first + k % n]);
                 }
             }
             return;
         }
-        for (index_t i = first; i < first + n; ++i, x += next) {
-            Moments all;
-            for (index_t l = 0; l < leaves;) {
-                Moments some[kLeavesAtOnce];
-                const index_t taken = some_leaves(x, l, leaves, some, beside());
-                for (index_t j = 0; j < taken; ++j) all.merge(some[j]);
-                l += taken;
-            }
-            batch->moments[i] = all;
+        index_t leaf = 0, set = first;
+        for_leaves(x, next, 0, n * leaves, beside, [&](const Moments& m) {
+            put(m, leaf == 0, &batch->moments[set]);
+            if (++leaf == leaves) leaf = 0, ++set;
+        });
+    }
+
+    static void put(const Moments& leaf, bool is_first, Moments* set) {
+        if (is_first) {
+            *set = leaf;
+        } else {
+            set->merge(leaf);
+        }
+    }
+
+    // f(moments) for leaves `from` to `to` of the sets that begin at x, `next` bytes apart, counted through all of
+    // them. Many to a call of the kernel, which begins one before it ends another.
+    template <class Beside, class F>
+    void for_leaves(const char* x, index_t next, index_t from, index_t to, Beside beside, F f) const {
+        X buffer[kLeafLanes];
+        LeafWalk<X> walk(read_x_, leaves_, x, next, from, buffer);
+        for (index_t left = to - from; left > 0;) {
+            Room<LeafSeries, kLeavesAtOnce> series;
+            Room<Moments, kLeavesAtOnce> moments;
+            const index_t room = std::min(in_place_ ? kLeavesAtOnce : 1, left);
+            index_t n = 0, taken = 0;
+            for (; taken < room; taken += series[n++].leaves) series[n] = walk.take(room - taken);
+            moments_along(k_, series.all, n, lane_, plan_.center, moments.all, beside());
+            for (index_t i = 0; i < taken; ++i) f(moments[i]);
+            left -= taken;
         }
     }
 
@@ -302,7 +338,8 @@ class RowsForward {
                 const index_t set = i / leaf_pieces, piece = i % leaf_pieces;
                 const char* x = call_.x + plan_.kept.offset(kX, set);
                 const index_t first = leaves * piece / leaf_pieces, last = leaves * (piece + 1) / leaf_pieces;
-                for (index_t l = first; l < last;) l += some_leaves(x, l, last, &moments[set * leaves + l]);
+                Moments* out = &moments[set * leaves + first];
+                for_leaves(x, 0, first, last, nothing, [&out](const Moments& m) { *out++ = m; });
             });
         }
         parallel_for(plan_.sets, schedule_.threads, [&](index_t set) {
@@ -323,23 +360,6 @@ class RowsForward {
             const index_t set = i / tiles.count();
             apply(k_, tile_at(plan_.kept.offsets(set), tiles, tiles[i % tiles.count()], statistics.tile(set, 0, 0, 1)));
         });
-    }
-
-    // Moments of leaves l, l + 1, ... of the set at x: as many, before `last`, as are alike and lie in one run, so that
-    // one call of the kernel does them. Returns how many.
-    index_t some_leaves(const char* x, index_t l, index_t last, Moments* out, Unwritten<X>* beside = nullptr) const {
-        X buffer[kLeafLanes];
-        const Leaves::Leaf piece = leaves_[l];
-        const Strided at = read_x_(x, piece, buffer);
-        index_t n = 1;
-        if (leaves_.per_run > 1 && read_x_.direct()) {
-            const index_t full = leaves_.run / kLeafLanes - l % leaves_.per_run;
-            n = full < 1 ? 1 : full;
-            if (n > last - l) n = last - l;
-            if (n > kLeavesAtOnce) n = kLeavesAtOnce;
-        }
-        moments_along(k_, at, In{x, 0}, piece.rows, piece.lanes, kLeafLanes * at.lane, n, plan_.center, out, beside);
-        return n;
     }
 
     index_t statistic(index_t set) const { return plan_.kept.offset(kStatistic, set); }
@@ -370,7 +390,8 @@ class RowsForward {
     const Leaves leaves_;
     const LeafReader<X> read_x_;
     const Nest set_, elements_;
-    const bool leaf_is_set_;  // every set is one row and one leaf
+    const bool in_place_;  // kernels read x as it lies, leaf by leaf
+    const index_t lane_;   // bytes between lanes as they read them
     const SetTiles tiles_;
     const bool in_rows_;  // as which neighbouring sets are written
 };

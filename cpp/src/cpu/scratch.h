@@ -26,6 +26,18 @@ class Buffer {
     std::unique_ptr<E, Free> data_;
 };
 
+// An array on the stack, uninitialized. Where results go past the caches, ordinary stores wait behind them: clearing
+// 1.5 KiB for every five rows of rms norm 4096 x 768 took 1.25 times as long (one thread of a Zen 5).
+template <class E, index_t n>
+struct Room {
+    union {
+        E all[n];
+    };
+    Room() {}
+    E& operator[](index_t i) { return all[i]; }
+    const E& operator[](index_t i) const { return all[i]; }
+};
+
 // The statistics of a range of sets as kernels read them: six arrays of the same length, filled set by set.
 template <class T>
 class SetStatistics {

@@ -243,20 +243,24 @@ void sums_of_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, cons
 }
 
 template <class X>
-void moments_along(const KernelPair<X>& k, Strided x, In origin, index_t rows, index_t lanes, index_t leaf,
-                   index_t leaves, bool center, Moments* out, Unwritten<X>* beside) {
-    if (contiguous<X>(x, lanes)) {
+void moments_along(const KernelPair<X>& k, const LeafSeries* series, index_t n, index_t lane, bool center, Moments* out,
+                   Unwritten<X>* beside) {
+    if (lane == index_t{sizeof(X)}) {
         if (beside) {
-            k.direct.moments_beside[beside->w_lane](in(x), origin, rows, lanes, leaf, leaves, center, out, *beside);
+            k.direct.moments_beside[beside->w_lane](series, n, center, out, *beside);
         } else {
-            k.direct.moments_along(in(x), origin, rows, lanes, leaf, leaves, center, out);
+            k.direct.moments_along(series, n, center, out);
         }
         return;
     }
     Compute<X> px[kLeafLanes];
-    for (index_t i = 0; i < leaves; ++i, x.p += leaf, origin.p += origin.row) {
-        gather(x, rows, lanes, px);
-        k.packed.moments_along(packed(px, lanes), origin, rows, lanes, 0, 1, center, out + i);
+    for (const LeafSeries* s = series; s < series + n; ++s) {
+        LeafSeries one{packed(px, s->lanes), s->origin, s->rows, s->lanes, 0, 1};
+        Strided x{s->x.p, s->x.row, lane, kDtype<X>};
+        for (index_t i = 0; i < s->leaves; ++i, x.p += s->leaf, one.origin.p += s->origin.row) {
+            gather(x, s->rows, s->lanes, px);
+            k.packed.moments_along(&one, 1, center, out++);
+        }
     }
 }
 
@@ -318,8 +322,8 @@ template Strided zero<double>();
                                 index_t);                                                                              \
     template void sums_of_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,  \
                                   index_t, Sums*);                                                                     \
-    template void moments_along<X>(const KernelPair<X>&, Strided, In, index_t, index_t, index_t, index_t, bool,        \
-                                   Moments*, Unwritten<X>*);                                                           \
+    template void moments_along<X>(const KernelPair<X>&, const LeafSeries*, index_t, index_t, bool, Moments*,          \
+                                   Unwritten<X>*);                                                                     \
     template bool to_write_beside<X>(const ApplyTo<X>&, Unwritten<X>*);                                                \
     template void write_rest<X>(const KernelPair<X>&, const ApplyTo<X>&, Unwritten<X>*);                               \
     template bool backward_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&, \

@@ -79,10 +79,10 @@ template <class X>
 void sums_of_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const TileStatistics<Compute<X>>& s,
                   index_t leaves, index_t lanes, Sums* out);
 
-// `leaves` leaves of one shape, `leaf` bytes apart. Origin: as the kernel. beside: a tile to be written meanwhile.
+// As the kernels, of lanes that lie `lane` bytes apart. beside: a tile to be written meanwhile.
 template <class X>
-void moments_along(const KernelPair<X>& k, Strided x, In origin, index_t rows, index_t lanes, index_t leaf,
-                   index_t leaves, bool center, Moments* out, Unwritten<X>* beside = nullptr);
+void moments_along(const KernelPair<X>& k, const LeafSeries* series, index_t n, index_t lane, bool center, Moments* out,
+                   Unwritten<X>* beside = nullptr);
 
 // A tile that kernels can write as it lies, unless a set is scaled: to `out`. False where it is not like that.
 template <class X>

@@ -12,7 +12,6 @@ namespace normkit::cpu {
 
 constexpr index_t kPieceBytes = 256 * 1024;  // of work handed to a thread at a time
 constexpr index_t kNearBytes = 64 * 1024;    // of small sets whose moments are taken before they are applied
-constexpr index_t kShortRows = 16 * 1024;    // of neighbouring runs that are written in one go
 constexpr index_t kSetsAtOnce = 64;
 
 // Of rows whose moments are taken beside the writing of as many. Time with other numbers over time with this one, layer
