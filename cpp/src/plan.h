@@ -53,6 +53,8 @@ struct Leaves {
 
     Leaves(index_t runs, index_t run);
     index_t count() const { return rows > 1 ? (runs + rows - 1) / rows : runs * per_run; }
+    // From a leaf to the next of the same shape, where runs are `row` apart and lanes `lane`.
+    index_t step(index_t row, index_t lane) const { return per_run > 1 ? kLeafLanes * lane : rows * row; }
     struct Leaf {
         index_t first_run, rows, lane, lanes;
     };

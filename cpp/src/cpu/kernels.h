@@ -45,6 +45,13 @@ struct LeafSeries {
     index_t rows = 0, lanes = 0, leaf = 0, leaves = 0;
 };
 
+// The same of a backward pass. Leaf i has the statistics number set + i * next_set, and w is the same for all.
+struct SumSeries {
+    In dy, x, w;
+    index_t rows = 0, lanes = 0, leaf_dy = 0, leaf_x = 0, leaves = 0;
+    index_t set = 0, next_set = 0;
+};
+
 // What the formula needs to know of each set, in the data's dtype: x is centred as (x - hi) - lo, because a mean
 // rounded to one T costs |mean| / std half-ulps (docs/decisions/0001-reductions.md). In `along` kernels one entry a row
 // (`row` elements apart: 0 when all rows are of one set), in `down` kernels one entry a lane or one a row.
@@ -125,10 +132,8 @@ struct Kernels {
 
     void (*apply_down[2])(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes, bool stream);
 
-    // Sums of g = w * dy and g * xhat over `leaves` leaves, leaf_dy and leaf_x bytes apart; leaf i has the statistics
-    // number i * s.row, and w is the same for all. Index and preconditions as above.
-    void (*sums_along[2])(In dy, In x, In w, Statistics<T> s, index_t rows, index_t lanes, index_t leaf_dy,
-                          index_t leaf_x, index_t leaves, Sums* out);
+    // Sums of g = w * dy and g * xhat over the leaves of n series. Index: as above.
+    void (*sums_along[2])(const SumSeries* series, index_t n, Statistics<T> s, Sums* out);
 
     // dx = rstd * (w * dy - mean_g - xhat * mean_g_xhat).
     void (*dx_along[2])(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, bool stream);

@@ -27,6 +27,7 @@ using normkit::cpu::Rows;
 using normkit::cpu::Seam;
 using normkit::cpu::Statistics;
 using normkit::cpu::Sums;
+using normkit::cpu::SumSeries;
 using normkit::cpu::Unwritten;
 
 template <class T>

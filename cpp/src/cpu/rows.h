@@ -60,8 +60,10 @@ class LeafReader {
 
     // Whether leaves of so many rows need no gathering.
     bool in_place(index_t rows) const { return run_.n == 1 && (rows == 1 || runs_.n == 1); }
-    index_t lane() const { return run_.inner().stride[operand_]; }
+    // Of a run of one element it does not matter, and kernels like those that are contiguous.
+    index_t lane() const { return run_.inner().extent > 1 ? run_.inner().stride[operand_] : sizeof(E); }
     index_t row() const { return runs_.inner().stride[operand_]; }
+    bool contiguous(index_t rows) const { return in_place(rows) && lane() == index_t{sizeof(E)}; }
     bool evenly() const { return runs_.n == 1; }  // whether runs lie one row() apart
     const char* run(const char* set, index_t r) const {
         return set + (evenly() ? r * row() : runs_.offset(operand_, r));
@@ -74,81 +76,75 @@ class LeafReader {
     Nest runs_, run_;
 };
 
-// Goes through the leaves of neighbouring sets, as series for the kernels. Step by step: to find each leaf by its
-// number took a fifth as long as its sums.
-template <class X>
+constexpr index_t kLeavesAtOnce = 64;  // in one call of a kernel
+
+// Goes through the leaves of neighbouring sets. Step by step: to find each leaf by its number took a fifth as long as
+// its sums.
 class LeafWalk {
   public:
-    // Sets begin at x, `next` bytes apart; `from`: the first leaf, counted through all of them. buffer: for leaves that
-    // have to be gathered, which come one at a time.
-    LeafWalk(const LeafReader<X>& read, const Leaves& leaves, const char* x, index_t next, index_t from, X* buffer)
-        : read_(read),
-          leaves_(leaves),
-          in_place_(read.in_place(leaves.rows)),
+    // from: the first leaf, counted through all sets. in_place: whether kernels read the leaves as they lie; others
+    // come one at a time. evenly: whether runs lie at one distance.
+    LeafWalk(const Leaves& leaves, index_t from, bool in_place, bool evenly)
+        : leaves_(leaves),
+          in_place_(in_place),
+          evenly_(evenly),
           in_set_(leaves.count()),
           whole_(leaves.per_run > 1 ? leaves.run / kLeafLanes : leaves.runs / leaves.rows),
-          next_(next),
-          buffer_(buffer),
-          set_(x + from / in_set_ * next),
+          set_(from / in_set_),
           leaf_(from % in_set_),
           run_(leaf_ / leaves.per_run * leaves.rows),
           piece_(leaf_ % leaves.per_run) {}
 
-    // Leaves of one series, at most `room`.
-    LeafSeries take(index_t room) {
+    // n leaves of set number `set`, of one shape and at one distance (Leaves::step), from `leaf` on.
+    struct Some {
+        index_t set;
+        Leaves::Leaf leaf;
+        index_t n;
+    };
+    // At most `room`.
+    Some take(index_t room) {
         if (leaf_ == in_set_) {
-            set_ += next_;
+            ++set_;
             leaf_ = run_ = 0;
         }
-        const LeafSeries series = !in_place_            ? gathered()
-                                  : leaves_.per_run > 1 ? pieces_of_run(room)
-                                                        : whole_runs(room);
-        leaf_ += series.leaves;
-        return series;
+        const Some some =
+            leaves_.per_run > 1 ? pieces_of_run(in_place_ ? room : 1) : whole_runs(evenly_ && in_place_ ? room : 1);
+        leaf_ += some.n;
+        return some;
     }
 
   private:
-    LeafSeries gathered() {
-        const Leaves::Leaf leaf = leaves_[leaf_];
-        const Strided at = read_(set_, leaf, buffer_);
-        return {{at.p, at.row}, {set_, 0}, leaf.rows, leaf.lanes, 0, 1};
-    }
-    LeafSeries pieces_of_run(index_t room) {
-        const index_t bytes = kLeafLanes * read_.lane();
-        LeafSeries series{{read_.run(set_, run_) + piece_ * bytes, read_.row()}, {set_, 0}, 1, kLeafLanes, bytes, 1};
+    Some pieces_of_run(index_t room) {
+        const index_t lane = piece_ * kLeafLanes;
+        Some some{set_, {run_, 1, lane, kLeafLanes}, 1};
         if (piece_ < whole_) {
-            series.leaves = std::min(whole_ - piece_, room);
+            some.n = std::min(whole_ - piece_, room);
         } else {
-            series.lanes = leaves_.run - piece_ * kLeafLanes;
+            some.leaf.lanes = leaves_.run - lane;
         }
-        piece_ += series.leaves;
+        piece_ += some.n;
         if (piece_ == leaves_.per_run) {
             piece_ = 0;
             ++run_;
         }
-        return series;
+        return some;
     }
-    LeafSeries whole_runs(index_t room) {
-        LeafSeries series{{read_.run(set_, run_), read_.row()}, {set_, 0}, leaves_.rows, leaves_.run, 0, 1};
+    Some whole_runs(index_t room) {
+        Some some{set_, {run_, leaves_.rows, 0, leaves_.run}, 1};
         if (leaf_ < whole_) {
-            if (read_.evenly()) series.leaves = std::min(whole_ - leaf_, room);
-            series.leaf = leaves_.rows * read_.row();
+            some.n = std::min(whole_ - leaf_, room);
         } else {
-            series.rows = leaves_.runs - run_;
+            some.leaf.rows = leaves_.runs - run_;
         }
-        run_ += series.leaves * leaves_.rows;
-        return series;
+        run_ += some.n * leaves_.rows;
+        return some;
     }
 
-    const LeafReader<X>& read_;
     const Leaves& leaves_;
-    const bool in_place_;
-    const index_t in_set_;  // leaves in a set
-    const index_t whole_;   // full ones in a run, or, where runs are short, in a set
-    const index_t next_;
-    X* const buffer_;
-    const char* set_;
-    index_t leaf_, run_, piece_;  // the next leaf: in the set, and where it begins
+    const bool in_place_, evenly_;
+    const index_t in_set_;              // leaves in a set
+    const index_t whole_;               // full ones in a run, or, where runs are short, in a set
+    index_t set_, leaf_, run_, piece_;  // the next leaf: in which set, in the set, and where it begins
 };
 
 // Cuts the sets into pieces of work of about kPieceBytes each; or, where one set is read while another is written, into

@@ -62,7 +62,7 @@ class RowsBackward {
           set_is_row_(read_dy_.one_row() && read_x_.one_row() && read_w_.one_row()),
           leaf_is_set_(leaves_.count() == 1 && set_is_row_),
           elements_(collapse(joined(plan.runs, plan.run), kBackwardOperands)),
-          leaf_is_cell_(leaves_.count() == 1 && read_dy_.one_row() && read_x_.one_row()),
+          in_series_(read_dy_.contiguous(leaves_.rows) && read_x_.contiguous(leaves_.rows)),
           tiles_(plan, elements_, 2 * sizeof(X), Together::in_turn),
           storage_(plan.sets * SetStatistics<T>::kArrays),
           statistics_(storage_.get(), plan.sets) {}
@@ -141,23 +141,66 @@ class RowsBackward {
     // The sums of all cells of n neighbouring sets.
     void cells_of(index_t set, index_t n, Sums* sums) const {
         const index_t per_set = index_.size();
-        if (!leaf_is_cell_ || index_.n > 1) {
+        const TileStatistics<T> s = statistics_.tile(set, 1, 0, n);
+        if (!in_series_ || s.scale) {
             for (index_t c = 0; c < n * per_set; ++c) sums[c] = cell(set + c / per_set, c % per_set);
             return;
         }
-        // Rows that follow each other at one distance: the cells of a set, or sets of one cell.
         const Offsets at = plan_.kept.offsets(set);
-        const Axis& next = per_set > 1 ? index_.inner() : tiles_.next;
-        const Leaves::Leaf row = leaves_[0];
-        for (index_t i = 0; i < (per_set > 1 ? n : 1); ++i) {
-            const Offsets here = at + tiles_.neighbour(i);
-            Strided dy = read_dy_(call_.dy + here[kDy], row, nullptr), x = read_x_(call_.x + here[kX], row, nullptr);
-            dy.row = next.stride[kDy];
-            x.row = next.stride[kX];
-            const index_t rows = per_set > 1 ? per_set : n;
-            const TileStatistics<T> s =
-                per_set > 1 ? statistics_.tile(set + i, 0, 0, 1) : statistics_.tile(set, 1, 0, n);
-            sums_of_rows(k_, dy, x, one<T>(), s, rows, row.lanes, sums + i * per_set);
+        const Axis& next = tiles_.next;
+        const index_t leaves = leaves_.count(), cells = n * per_set;
+        const auto series_at = [&](index_t i, index_t c, const Leaves::Leaf& leaf) {
+            const auto place = [&](const char* base, Operand o) {
+                return base + at[o] + i * next.stride[o] + cell_offset(o, c);
+            };
+            const Strided dy = read_dy_(place(call_.dy, kDy), leaf, nullptr);
+            const Strided x = read_x_(place(call_.x, kX), leaf, nullptr);
+            return SumSeries{{dy.p, dy.row}, {x.p, x.row}, {one<T>().p, 0}, leaf.rows, leaf.lanes, 0, 0, 1, i};
+        };
+        if (leaves == 1 && index_.n <= 1) {
+            // Rows that follow each other at one distance: the cells of each set, or sets of one cell.
+            Room<SumSeries, kSetsAtOnce> series;
+            const Axis& step = per_set > 1 ? index_.inner() : next;
+            const index_t all = per_set > 1 ? n : 1;
+            for (index_t i = 0; i < all; ++i) {
+                SumSeries& one = series[i];
+                one = series_at(i, 0, leaves_[0]);
+                one.leaf_dy = step.stride[kDy];
+                one.leaf_x = step.stride[kX];
+                one.leaves = cells / all;
+                one.next_set = per_set > 1 ? 0 : 1;
+            }
+            sums_along(k_, series.all, all, s, sums);
+            return;
+        }
+        // To the walk, cells are sets.
+        LeafWalk walk(leaves_, 0, true, read_dy_.evenly() && read_x_.evenly());
+        index_t leaf = 0;
+        for (index_t left = cells * leaves; left > 0;) {
+            Room<SumSeries, kLeavesAtOnce> series;
+            Room<Sums, kLeavesAtOnce> some_sums;
+            const index_t room = std::min(kLeavesAtOnce, left);
+            index_t m = 0, taken = 0;
+            for (; taken < room; ++m) {
+                const LeafWalk::Some some = walk.take(room - taken);
+                const index_t i = some.set / per_set;
+                SumSeries& one = series[m];
+                one = series_at(i, some.set - i * per_set, some.leaf);
+                one.leaf_dy = leaves_.step(one.dy.row, sizeof(X));
+                one.leaf_x = leaves_.step(one.x.row, sizeof(X));
+                one.leaves = some.n;
+                taken += some.n;
+            }
+            sums_along(k_, series.all, m, s, some_sums.all);
+            for (index_t j = 0; j < taken; ++j) {
+                if (leaf == 0) {
+                    *sums = some_sums[j];
+                } else {
+                    *sums += some_sums[j];
+                }
+                if (++leaf == leaves) leaf = 0, ++sums;
+            }
+            left -= taken;
         }
     }
 
@@ -440,7 +483,7 @@ class RowsBackward {
     const LeafReader<T> read_w_;
     const bool weights_repeat_, set_is_row_, leaf_is_set_;
     const Nest elements_;
-    const bool leaf_is_cell_;
+    const bool in_series_;  // kernels read dy and x as they lie, leaf by leaf
     const SetTiles tiles_;
     const Buffer<T> storage_;
     SetStatistics<T> statistics_;

@@ -7,7 +7,7 @@
 namespace normkit::cpu {
 namespace {
 
-constexpr index_t kLeavesAtOnce = kSetsAtOnce;
+static_assert(kLeavesAtOnce >= kSetsAtOnce, "leaves of all sets at once");
 // Given statistics: sets whose elements are written in the order of memory, however many times apart. Time with 64 over
 // time with 512, batch norm 32 x 2048 x 7^2: 2.2, 32 x 1024 x 14^2: 1.2 (one thread of a Zen 4).
 template <class T>
@@ -45,7 +45,6 @@ class RowsForward {
           set_(joined(plan.runs, plan.run)),
           elements_(collapse(set_, kForwardOperands)),
           in_place_(read_x_.in_place(leaves_.rows)),
-          lane_(in_place_ && leaves_.run > 1 ? read_x_.lane() : sizeof(X)),
           tiles_(plan, elements_, sizeof(X), together(call, schedule), call.given ? kGivenAtOnce<T> : kSetsAtOnce),
           in_rows_(goes_in_rows()) {}
 
@@ -244,7 +243,7 @@ class RowsForward {
                 }
                 // What there is of a set that is one leaf goes where it belongs.
                 Moments* const to = leaves == 1 ? &batch->moments[first] : moments.all;
-                moments_along(k_, series.all, taken, lane_, plan_.center, to, beside());
+                moments_along(k_, series.all, taken, read_x_.lane(), plan_.center, to, beside());
                 for (index_t k = 0; leaves > 1 && k < taken * n; ++k) {
                     put(moments[k], l == 0 && k < n, &batch->moments[first + k % n]);
                 }
@@ -271,14 +270,22 @@ class RowsForward {
     template <class Beside, class F>
     void for_leaves(const char* x, index_t next, index_t from, index_t to, Beside beside, F f) const {
         X buffer[kLeafLanes];
-        LeafWalk<X> walk(read_x_, leaves_, x, next, from, buffer);
+        LeafWalk walk(leaves_, from, in_place_, read_x_.evenly());
         for (index_t left = to - from; left > 0;) {
             Room<LeafSeries, kLeavesAtOnce> series;
             Room<Moments, kLeavesAtOnce> moments;
             const index_t room = std::min(in_place_ ? kLeavesAtOnce : 1, left);
-            index_t n = 0, taken = 0;
-            for (; taken < room; taken += series[n++].leaves) series[n] = walk.take(room - taken);
-            moments_along(k_, series.all, n, lane_, plan_.center, moments.all, beside());
+            index_t n = 0, taken = 0, lane = 0;
+            for (; taken < room; ++n) {
+                const LeafWalk::Some some = walk.take(room - taken);
+                const char* const set = x + some.set * next;
+                const Strided at = read_x_(set, some.leaf, buffer);
+                series[n] = {{at.p, at.row}, {set, 0}, some.leaf.rows, some.leaf.lanes, leaves_.step(at.row, at.lane),
+                             some.n};
+                taken += some.n;
+                lane = at.lane;
+            }
+            moments_along(k_, series.all, n, lane, plan_.center, moments.all, beside());
             for (index_t i = 0; i < taken; ++i) f(moments[i]);
             left -= taken;
         }
@@ -391,7 +398,6 @@ class RowsForward {
     const LeafReader<X> read_x_;
     const Nest set_, elements_;
     const bool in_place_;  // kernels read x as it lies, leaf by leaf
-    const index_t lane_;   // bytes between lanes as they read them
     const SetTiles tiles_;
     const bool in_rows_;  // as which neighbouring sets are written
 };

@@ -214,7 +214,8 @@ Sums sums_along(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const 
     Sums sums;
     if (!s.scale && contiguous<X>(dy, lanes) && contiguous<X>(x, lanes) &&
         (per_row<T>(w, lanes) || contiguous<T>(w, lanes))) {
-        k.direct.sums_along[!per_row<T>(w, lanes)](in(dy), in(x), in(w), s, rows, lanes, 0, 0, 1, &sums);
+        const SumSeries one{in(dy), in(x), in(w), rows, lanes, 0, 0, 1};
+        k.direct.sums_along[!per_row<T>(w, lanes)](&one, 1, s, &sums);
         return sums;
     }
     T pdy[kLeafLanes], px[kLeafLanes], pw[kLeafLanes];
@@ -222,7 +223,8 @@ Sums sums_along(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const 
     gather(x, rows, lanes, px);
     multiply(s, rows, lanes, px);
     gather(w, rows, lanes, pw);
-    k.packed.sums_along[1](packed(pdy, lanes), packed(px, lanes), packed(pw, lanes), s, rows, lanes, 0, 0, 1, &sums);
+    const SumSeries one{packed(pdy, lanes), packed(px, lanes), packed(pw, lanes), rows, lanes, 0, 0, 1};
+    k.packed.sums_along[1](&one, 1, s, &sums);
     return sums;
 }
 
@@ -232,7 +234,8 @@ void sums_of_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, cons
     using T = Compute<X>;
     if (!s.scale && contiguous<X>(dy, lanes) && contiguous<X>(x, lanes) &&
         (per_row<T>(w, lanes) || contiguous<T>(w, lanes))) {
-        k.direct.sums_along[!per_row<T>(w, lanes)](in(dy), in(x), in(w), s, 1, lanes, dy.row, x.row, leaves, out);
+        const SumSeries all{in(dy), in(x), in(w), 1, lanes, dy.row, x.row, leaves, 0, s.row};
+        k.direct.sums_along[!per_row<T>(w, lanes)](&all, 1, s, out);
         return;
     }
     for (index_t i = 0; i < leaves; ++i) {

@@ -84,6 +84,13 @@ template <class X>
 void moments_along(const KernelPair<X>& k, const LeafSeries* series, index_t n, index_t lane, bool center, Moments* out,
                    Unwritten<X>* beside = nullptr);
 
+// As the kernels, of elements that they can read as they lie and sets that are not scaled; w is one a row.
+template <class X>
+void sums_along(const KernelPair<X>& k, const SumSeries* series, index_t n, const Statistics<Compute<X>>& s,
+                Sums* out) {
+    k.direct.sums_along[0](series, n, s, out);
+}
+
 // A tile that kernels can write as it lies, unless a set is scaled: to `out`. False where it is not like that.
 template <class X>
 bool to_write_beside(const ApplyTo<X>& tile, Unwritten<X>* out);
