@@ -448,6 +448,83 @@ NK_INLINE void moments_of_leaves(const LeafSeries* series, index_t n, bool cente
     }
 }
 
+// Leaves of many short runs, as those of batch norm in NCHW: a run is so many groups of the vectors of two steps and R
+// vectors more, of which the last may be part-filled, so that nothing is counted or asked within one.
+template <class X, int R>
+class ShortRuns {
+  public:
+    using T = Compute<X>;
+    static constexpr int K = kStep / kWidth<X>, W = Widened<T>::kVectors, G = 2 * K;
+
+    NK_INLINE explicit ShortRuns(index_t lanes)
+        : groups_((lanes - 1) / (2 * kStep)),
+          last_(static_cast<int>(lanes - groups_ * 2 * kStep) - (R - 1) * kWidth<X>) {}
+
+    NK_INLINE double mean(In x, index_t rows, index_t lanes) const {
+        Vec<double> sum[K * W] = {};
+        const bool asks = far_apart(x);
+        for (index_t r = 0; r < rows; ++r) {
+            for (index_t at = 0; asks && at < lanes; at += kTurn) ask_for_turn<X>(x.at(r), at);
+            for_vectors(x.at(r), [&](int i, Vec<X> v, auto) NK_INLINE_LAMBDA {
+                const Widened<T> wide = widened<T>(v);
+#pragma GCC unroll 2
+                for (int j = 0; j < W; ++j) sum[i % K * W + j] = plus_(sum[i % K * W + j], wide.v[j]);
+            });
+        }
+        return (0 + sum_by_halves<double, K * W>(sum)) / static_cast<double>(rows * lanes);
+    }
+    NK_INLINE double squares(In x, index_t rows, T pilot) const {
+        const index_t at_once = kDepth / (groups_ + 1);
+        double total = 0;
+        for (index_t r = 0; r < rows;) {
+            Vec<X> sum[G] = {};
+            for (const index_t end = rows - r < at_once ? rows : r + at_once; r < end; ++r) {
+                for_vectors(x.at(r), [&](int i, Vec<X> v, auto is_whole) NK_INLINE_LAMBDA {
+                    const Vec<X> d = v - splat<X>(pilot), square = d * d;
+                    sum[i] = plus_squares_.by_turns(i, sum[i], is_whole ? square : keep_first<T>(square, last_));
+                });
+            }
+            total += sum_by_halves<T, G>(sum);
+        }
+        return total;
+    }
+
+  private:
+    // f(number of the vector in its group, vector, whether it is whole)
+    template <class F>
+    NK_INLINE void for_vectors(const char* p, F f) const {
+        for (index_t g = 0; g < groups_; ++g, p += G * kMemoryBytes<X>) {
+#pragma GCC unroll 8
+            for (int i = 0; i < G; ++i) f(i, load<X>(p + i * kMemoryBytes<X>), std::true_type{});
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i + 1 < R; ++i) f(i, load<X>(p + i * kMemoryBytes<X>), std::true_type{});
+        f(R - 1, load_first<X>(p + (R - 1) * kMemoryBytes<X>, last_), std::false_type{});
+    }
+    const index_t groups_;
+    const int last_;
+    const Adder<double> plus_;
+    const Adder<T> plus_squares_;
+};
+
+template <class X, int R>
+void moments_of_short_runs(const LeafSeries* series, index_t n, Moments* out) {
+    using T = Compute<X>;
+    LeafCursor<X> leaf(series, n);
+    const ShortRuns<X, R> runs(leaf.lanes());
+    double next = runs.mean(leaf.x(), leaf.rows(), leaf.lanes());
+    while (!leaf.done()) {
+        const double mean = next;
+        const In here = leaf.x();
+        const index_t rows = leaf.rows(), lanes = leaf.lanes();
+        const T pilot = static_cast<T>(mean);
+        leaf.next();
+        if (!leaf.done()) next = runs.mean(leaf.x(), leaf.rows(), leaf.lanes());
+        const double squares = runs.squares(here, rows, pilot), count = static_cast<double>(rows * lanes);
+        *out++ = {count, mean, M2_about_mean(squares, mean - static_cast<double>(pilot), count)};
+    }
+}
+
 // f(how, series, n, out) for some series after another that are summed alike; those that can be overlapped go alone.
 template <class F>
 NK_INLINE void for_alike(const LeafSeries* series, index_t n, bool center, Moments* out, F f) {
@@ -473,6 +550,18 @@ void moments_along_as(const LeafSeries* series, index_t n, bool center, Moments*
 template <class X>
 void moments_along(const LeafSeries* series, index_t n, bool center, Moments* out) {
     for_alike(series, n, center, out, [center](Leaf how, const LeafSeries* alike, index_t m, Moments* to) {
+        if constexpr (kVectorBytes == 64 && !kAboutOrigin<X>) {
+            // Sums of squares of a whole number of runs, and registers for all.
+            const index_t lanes = alike->lanes, groups = (lanes + 2 * kStep - 1) / (2 * kStep);
+            if (how == Leaf::in_turn && alike->rows > 1 && groups <= 4 && kDepth % groups == 0) {
+                const index_t vectors = (lanes - (groups - 1) * 2 * kStep + kWidth<X> - 1) / kWidth<X>;
+                const auto short_runs = vectors == 1   ? moments_of_short_runs<X, 1>
+                                        : vectors == 2 ? moments_of_short_runs<X, 2>
+                                        : vectors == 3 ? moments_of_short_runs<X, 3>
+                                                       : moments_of_short_runs<X, 4>;
+                return short_runs(alike, m, to);
+            }
+        }
         const auto kernel = how == Leaf::about_zero ? moments_along_as<X, Leaf::about_zero>
                             : how == Leaf::in_turn  ? moments_along_as<X, Leaf::in_turn>
                                                     : moments_along_as<X, Leaf::overlapped>;
