@@ -337,29 +337,23 @@ class LeafCursor {
     }
     NK_INLINE bool done() const { return now_ == end_; }
     NK_INLINE void next() {
-        x_.p += now_->leaf;
-        origin_ += now_->origin.row;
-        if (--left_ == 0 && ++now_ != end_) begin();
+        at_.x.p += at_.leaf;
+        at_.origin.p += at_.origin.row;
+        if (--at_.leaves == 0 && ++now_ != end_) begin();
     }
-    NK_INLINE In x() const { return x_; }
-    NK_INLINE index_t rows() const { return now_->rows; }
-    NK_INLINE index_t lanes() const { return now_->lanes; }
+    NK_INLINE In x() const { return at_.x; }
+    NK_INLINE index_t rows() const { return at_.rows; }
+    NK_INLINE index_t lanes() const { return at_.lanes; }
     NK_INLINE T origin() const {
-        if constexpr (kAboutOrigin<X>) return value_at<T>(origin_);
+        if constexpr (kAboutOrigin<X>) return value_at<T>(at_.origin.p);
         return T{0};
     }
 
   private:
-    NK_INLINE void begin() {
-        x_ = now_->x;
-        origin_ = now_->origin.p;
-        left_ = now_->leaves;
-    }
+    NK_INLINE void begin() { at_ = *now_; }
 
     const LeafSeries *now_, *const end_;
-    In x_;
-    const char* origin_ = nullptr;
-    index_t left_ = 0;
+    LeafSeries at_;  // what is left of it
 };
 
 template <class X, bool AboutZero, class Beside>
