@@ -128,7 +128,7 @@ void copy(const float* from, float* to, index_t n, bool stream);
 struct Choices {                // -1: as the schedule sees fit; 0: no; 1: yes
     int split = -1;             // share one set among several units of work
     int resident = -1;          // moments and apply on one unit while it is in cache
-    int stream = -1;            // non-temporal stores
+    int stream = -1;            // non-temporal stores, and asking for what is read next
     int by_row = -1;            // the sums of one set beside the writing of another
     const char* isa = nullptr;  // a name of available_isas(), with static lifetime
 };

@@ -356,22 +356,6 @@ class LeafCursor {
     LeafSeries at_;  // what is left of it
 };
 
-template <class X, bool AboutZero, class Beside>
-NK_INLINE Moments moments_of_leaf(In x, index_t rows, index_t lanes, Compute<X> origin, [[maybe_unused]] bool center,
-                                  Beside& beside) {
-    using T = Compute<X>;
-    const double count = static_cast<double>(rows * lanes);
-    if constexpr (AboutZero) {
-        if (kLoose && center) return loose_leaf<X>(x, rows, lanes);
-        return {count, 0, leaf_squares<X, true>(x, rows, lanes, 0, beside)};
-    } else {
-        const double mean = leaf_mean<X>(x, rows, lanes, origin, beside);
-        const T pilot = static_cast<T>(origin + mean);
-        const double squares = leaf_squares<X, false>(x, rows, lanes, pilot, beside);
-        return {count, mean, M2_about_mean(squares, mean - static_cast<double>(pilot - origin), count)};
-    }
-}
-
 // The same through one series of whole leaves of one run, whose length compilers know.
 template <class X>
 class WholeLeaves {
@@ -406,10 +390,26 @@ NK_INLINE auto leaves_of(const LeafSeries* series, index_t n) {
     }
 }
 
+template <class X, bool AboutZero, class Beside>
+NK_INLINE Moments moments_of_leaf(In x, index_t rows, index_t lanes, Compute<X> origin, [[maybe_unused]] bool center,
+                                  Beside& beside) {
+    using T = Compute<X>;
+    const double count = static_cast<double>(rows * lanes);
+    if constexpr (AboutZero) {
+        if (kLoose && center) return loose_leaf<X>(x, rows, lanes);
+        return {count, 0, leaf_squares<X, true>(x, rows, lanes, 0, beside)};
+    } else {
+        const double mean = leaf_mean<X>(x, rows, lanes, origin, beside);
+        const T pilot = static_cast<T>(origin + mean);
+        const double squares = leaf_squares<X, false>(x, rows, lanes, pilot, beside);
+        return {count, mean, M2_about_mean(squares, mean - static_cast<double>(pilot - origin), count)};
+    }
+}
+
 template <class X, Leaf How, class Beside>
 NK_INLINE void moments_of_leaves(const LeafSeries* series, index_t n, bool center, Moments* out, Beside& beside) {
-    auto leaf = leaves_of<How, X>(series, n);
     using T = Compute<X>;
+    auto leaf = leaves_of<How, X>(series, n);
     if constexpr (How == Leaf::about_zero) {
         for (; !leaf.done(); leaf.next()) {
             *out++ = moments_of_leaf<X, true>(leaf.x(), leaf.rows(), leaf.lanes(), 0, center, beside);
@@ -519,6 +519,24 @@ void moments_of_short_runs(const LeafSeries* series, index_t n, Moments* out) {
     }
 }
 
+// Null where runs of so many lanes have no such kernel: a sum of squares takes a whole number of runs, of four groups
+// at most, and other instruction sets have too few registers.
+template <class X>
+NK_INLINE void (*short_runs_kernel([[maybe_unused]] index_t lanes))(const LeafSeries*, index_t, Moments*) {
+    if constexpr (kVectorBytes == 64 && !kAboutOrigin<X>) {
+        constexpr index_t kGroup = 2 * kStep;
+        const index_t groups = (lanes + kGroup - 1) / kGroup;
+        if (groups > 4 || kDepth % groups != 0) return nullptr;
+        switch ((lanes - (groups - 1) * kGroup + kWidth<X> - 1) / kWidth<X>) {
+            case 1: return moments_of_short_runs<X, 1>;
+            case 2: return moments_of_short_runs<X, 2>;
+            case 3: return moments_of_short_runs<X, 3>;
+            default: return moments_of_short_runs<X, 4>;
+        }
+    }
+    return nullptr;
+}
+
 // f(how, series, n, out) for some series after another that are summed alike; those that can be overlapped go alone.
 template <class F>
 NK_INLINE void for_alike(const LeafSeries* series, index_t n, bool center, Moments* out, F f) {
@@ -544,17 +562,8 @@ void moments_along_as(const LeafSeries* series, index_t n, bool center, Moments*
 template <class X>
 void moments_along(const LeafSeries* series, index_t n, bool center, Moments* out) {
     for_alike(series, n, center, out, [center](Leaf how, const LeafSeries* alike, index_t m, Moments* to) {
-        if constexpr (kVectorBytes == 64 && !kAboutOrigin<X>) {
-            // Sums of squares of a whole number of runs, and registers for all.
-            const index_t lanes = alike->lanes, groups = (lanes + 2 * kStep - 1) / (2 * kStep);
-            if (how == Leaf::in_turn && alike->rows > 1 && groups <= 4 && kDepth % groups == 0) {
-                const index_t vectors = (lanes - (groups - 1) * 2 * kStep + kWidth<X> - 1) / kWidth<X>;
-                const auto short_runs = vectors == 1   ? moments_of_short_runs<X, 1>
-                                        : vectors == 2 ? moments_of_short_runs<X, 2>
-                                        : vectors == 3 ? moments_of_short_runs<X, 3>
-                                                       : moments_of_short_runs<X, 4>;
-                return short_runs(alike, m, to);
-            }
+        if (how == Leaf::in_turn && alike->rows > 1) {
+            if (const auto short_runs = short_runs_kernel<X>(alike->lanes)) return short_runs(alike, m, to);
         }
         const auto kernel = how == Leaf::about_zero ? moments_along_as<X, Leaf::about_zero>
                             : how == Leaf::in_turn  ? moments_along_as<X, Leaf::in_turn>

@@ -144,64 +144,72 @@ class RowsBackward {
         const TileStatistics<T> s = statistics_.tile(set, 1, 0, n);
         if (!in_series_ || s.scale) {
             for (index_t c = 0; c < n * per_set; ++c) sums[c] = cell(set + c / per_set, c % per_set);
-            return;
+        } else if (leaves_.count() == 1 && index_.n <= 1) {
+            cells_at_one_distance(plan_.kept.offsets(set), n, s, sums);
+        } else {
+            cells_by_leaf(plan_.kept.offsets(set), n, s, sums);
         }
-        const Offsets at = plan_.kept.offsets(set);
-        const Axis& next = tiles_.next;
-        const index_t leaves = leaves_.count(), cells = n * per_set;
-        const auto series_at = [&](index_t i, index_t c, const Leaves::Leaf& leaf) {
-            const auto place = [&](const char* base, Operand o) {
-                return base + at[o] + i * next.stride[o] + cell_offset(o, c);
-            };
-            const Strided dy = read_dy_(place(call_.dy, kDy), leaf, nullptr);
-            const Strided x = read_x_(place(call_.x, kX), leaf, nullptr);
-            return SumSeries{{dy.p, dy.row}, {x.p, x.row}, {one<T>().p, 0}, leaf.rows, leaf.lanes, 0, 0, 1, i};
-        };
-        if (leaves == 1 && index_.n <= 1) {
-            // Rows that follow each other at one distance: the cells of each set, or sets of one cell.
-            Room<SumSeries, kSetsAtOnce> series;
-            const Axis& step = per_set > 1 ? index_.inner() : next;
-            const index_t all = per_set > 1 ? n : 1;
-            for (index_t i = 0; i < all; ++i) {
-                SumSeries& one = series[i];
-                one = series_at(i, 0, leaves_[0]);
-                one.leaf_dy = step.stride[kDy];
-                one.leaf_x = step.stride[kX];
-                one.leaves = cells / all;
-                one.next_set = per_set > 1 ? 0 : 1;
-            }
-            sums_along(k_, series.all, all, s, sums);
-            return;
+    }
+
+    // Each cell is one leaf: the cells of each set, or sets of one cell.
+    void cells_at_one_distance(const Offsets& at, index_t n, const TileStatistics<T>& s, Sums* sums) const {
+        const index_t per_set = index_.size();
+        const bool one_each = per_set == 1;
+        const Axis& next = one_each ? tiles_.next : index_.inner();
+        Room<SumSeries, kSetsAtOnce> series;
+        const index_t all = one_each ? 1 : n;
+        for (index_t i = 0; i < all; ++i) {
+            series[i] = leaf_as_series(at, i, 0, leaves_[0]);
+            series[i].leaf_dy = next.stride[kDy];
+            series[i].leaf_x = next.stride[kX];
+            series[i].leaves = one_each ? n : per_set;
+            series[i].next_set = one_each;
         }
-        // To the walk, cells are sets.
-        LeafWalk walk(leaves_, 0, true, read_dy_.evenly() && read_x_.evenly());
+        sums_along(k_, series.all, all, s, sums);
+    }
+
+    void cells_by_leaf(const Offsets& at, index_t n, const TileStatistics<T>& s, Sums* sums) const {
+        const index_t per_set = index_.size(), leaves = leaves_.count();
+        LeafWalk walk(leaves_, 0, true, read_dy_.evenly() && read_x_.evenly());  // to which cells are sets
         index_t leaf = 0;
-        for (index_t left = cells * leaves; left > 0;) {
+        for (index_t left = n * per_set * leaves; left > 0;) {
             Room<SumSeries, kLeavesAtOnce> series;
-            Room<Sums, kLeavesAtOnce> some_sums;
+            Room<Sums, kLeavesAtOnce> of_leaves;
             const index_t room = std::min(kLeavesAtOnce, left);
             index_t m = 0, taken = 0;
             for (; taken < room; ++m) {
                 const LeafWalk::Some some = walk.take(room - taken);
                 const index_t i = some.set / per_set;
-                SumSeries& one = series[m];
-                one = series_at(i, some.set - i * per_set, some.leaf);
-                one.leaf_dy = leaves_.step(one.dy.row, sizeof(X));
-                one.leaf_x = leaves_.step(one.x.row, sizeof(X));
-                one.leaves = some.n;
+                series[m] = leaf_as_series(at, i, some.set - i * per_set, some.leaf);
+                series[m].leaves = some.n;
                 taken += some.n;
             }
-            sums_along(k_, series.all, m, s, some_sums.all);
+            sums_along(k_, series.all, m, s, of_leaves.all);
             for (index_t j = 0; j < taken; ++j) {
-                if (leaf == 0) {
-                    *sums = some_sums[j];
-                } else {
-                    *sums += some_sums[j];
-                }
+                if (leaf == 0) *sums = {};
+                *sums += of_leaves[j];
                 if (++leaf == leaves) leaf = 0, ++sums;
             }
             left -= taken;
         }
+    }
+
+    // A leaf of cell c of the set that is i sets further than `at`; those behind it are at the distance of leaves.
+    SumSeries leaf_as_series(const Offsets& at, index_t i, index_t c, const Leaves::Leaf& leaf) const {
+        const auto place = [&](const char* base, Operand o) {
+            return base + at[o] + i * tiles_.next.stride[o] + cell_offset(o, c);
+        };
+        const Strided dy = read_dy_(place(call_.dy, kDy), leaf, nullptr);
+        const Strided x = read_x_(place(call_.x, kX), leaf, nullptr);
+        return {{dy.p, dy.row},
+                {x.p, x.row},
+                {one<T>().p, 0},
+                leaf.rows,
+                leaf.lanes,
+                leaves_.step(dy.row, dy.lane),
+                leaves_.step(x.row, x.lane),
+                1,
+                i};
     }
 
     Sums cell(index_t set, index_t c) const {
