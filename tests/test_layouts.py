@@ -1,6 +1,7 @@
 """Memory: any strides in, memory order kept, results into a given `out`; inputs are never written."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import bounds
 import normkit as nk
 from cases import DTYPES, MEMORY, NORMS, Case, ids, in_every_dtype, layouts, random, with_evaluation
+from normkit import _debug
 
 EPS = 1e-5
 CASES = layouts(((33, 12), (3, 4, 37), (2, 6, 5, 7)))
@@ -185,6 +187,33 @@ def outside(a):
     memory = base_of(a).tobytes()
     a[...] = kept
     return memory
+
+
+def a_byte_apart(shape, axis):
+    """Floats whose neighbours along `axis` lie a byte too far apart; rows with gaps, the first on a line."""
+    strides = [4] * len(shape)
+    for i in reversed(range(len(shape) - 1)):
+        strides[i] = strides[i + 1] * shape[i + 1] + (i == axis) + 80 * (i == len(shape) - 2)
+    memory = np.zeros(strides[0] * shape[0] + 64, np.uint8)
+    return np.ndarray(shape, np.float32, memory, -memory.ctypes.data % 64, strides)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("isa", _debug.isas())
+def test_elements_may_lie_between_multiples_of_their_size(rng, isa, by_row, axis):
+    """Most of them, where the first does not: no store past the caches takes one for a whole vector."""
+    x, dy, out = (a_byte_apart((3, 20, 2, 300), axis) for _ in range(3))
+    x[...], dy[...] = random(rng, x.shape), random(rng, x.shape)
+    for forward, backward in (
+        (nk.instance_norm_forward, nk.instance_norm_backward),
+        (partial(nk.batch_norm_forward, training=True), nk.batch_norm_backward),
+    ):
+        y, mean, rstd = forward(x.copy())
+        dx = backward(dy.copy(), x.copy(), mean, rstd)[0]
+        with _debug.force(isa=isa, threads=1, stream=True, by_row=by_row, resident=True):
+            bounds.assert_same_bits(forward(x, out=out)[0], y)
+            bounds.assert_same_bits(backward(dy, x, mean, rstd, out=out)[0], dx)
 
 
 @pytest.mark.parametrize("memory", ["C", "F", "channels last", "negative", "strided", "padded", "misaligned"])

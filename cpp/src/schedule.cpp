@@ -61,6 +61,9 @@ constexpr index_t kLongestRow = index_t{1} << 16;
 // Time beside / in turn, batch norm NCHW 14^2 1.2, 15^2 1.5, but 17^2 0.93 (one thread of a Zen 5).
 constexpr index_t kLeastRun = 256;
 
+// Elements of a run below which sums over several are short (Writes::runs).
+constexpr index_t kShortRun = 64;
+
 // Elements of a set.
 constexpr index_t kLongSet = index_t{1} << 25;
 
@@ -112,6 +115,16 @@ bool waits_for_l2(const Plan& plan, index_t element) {
     return all >= kTwoRows && !(plan.center && plan.set_size >= 2 * kLeafLanes);
 }
 
+// Non-temporal stores want whole vectors, which elements between multiples of their size never are: one kernel goes on
+// from tile to tile.
+bool lies_on_elements(const Plan& plan, index_t element) {
+    const auto on_elements = [element](const Axis& a) { return a.extent == 1 || a.stride[kY] % element == 0; };
+    for (const Nest* nest : {&plan.kept, &plan.runs, &plan.run}) {
+        if (!std::all_of(nest->axis, nest->axis + nest->n, on_elements)) return false;
+    }
+    return on_elements(plan.lane) && on_elements(plan.merge);
+}
+
 bool choose(int forced, bool automatic) { return forced < 0 ? automatic : forced != 0; }
 
 }  // namespace
@@ -149,13 +162,14 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
     const bool worth = beyond_l2 && (set_is_row(plan) ? long_rows : plan.run.size() >= kLeastRun);
     s.by_row = can_go_by_row(plan, element, arrays) && write && !given && s.resident && choose(forced.by_row, worth);
     const index_t row = plan.walk == Walk::rows ? plan.run.size() : plan.lane.extent * plan.merge.extent;
-    const bool in_short_runs = plan.walk == Walk::rows ? row < kLeastRun : s.lanes < row;
+    const bool in_short_runs = plan.walk == Walk::rows ? row < kShortRun : s.lanes < row;
     const Writes writes = arrays > 1                ? Writes::dx
                           : s.by_row                ? Writes::beside
                           : in_short_runs && !given ? Writes::runs
                                                     : Writes::after;
     s.far = choose(forced.stream, all >= far_bytes(writes, s.threads));
-    s.stream = choose(forced.stream, write && !in_place && s.far && row >= kStreamRow);
+    s.stream =
+        choose(forced.stream, write && !in_place && s.far && row >= kStreamRow) && lies_on_elements(plan, element);
     return s;
 }
 

@@ -37,7 +37,8 @@ using In = Rows<const char*>;
 using Out = Rows<char*>;
 
 // Leaves of one shape at one distance: `leaves` of them, `leaf` bytes apart, each `rows` runs of `lanes` contiguous
-// elements. Precondition: 1 <= rows * ceil(lanes / kStep) <= kLeafSteps.
+// elements. Preconditions: 1 <= rows * ceil(lanes / kStep) <= kLeafSteps; where there are several rows, all series of a
+// call have as many lanes.
 // float64: the means are less the origin, an element of the set; origin.at(i) is where that of leaf i lies. Other
 // dtypes don't look at it.
 struct LeafSeries {
@@ -87,7 +88,8 @@ struct Unwritten {
     bool w_constant = false, b_constant = false;  // of which one vector may stand for all
     index_t row = 0, lane = 0;
     Seam* seam = nullptr;  // whoever has written the last row stores what is left of it
-    // Puts the tile that comes next in the place of this one; false, or null: there is none. It has the same w_lane.
+    // Puts the tile that comes next in the place of this one; false, or null: there is none. It has the same w_lane and
+    // stream, and lies whole elements from this one.
     bool (*next)(void* writer) = nullptr;
     void* writer = nullptr;
 

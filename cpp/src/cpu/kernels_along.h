@@ -443,12 +443,15 @@ NK_INLINE void moments_of_leaves(const LeafSeries* series, index_t n, bool cente
 }
 
 // Leaves of many short runs, as those of batch norm in NCHW: a run is so many groups of the vectors of two steps and R
-// vectors more, of which the last may be part-filled, so that nothing is counted or asked within one.
+// vectors more, of which the last may be part-filled, so that nothing is counted or asked within one. The same sums as
+// MeanBlock and SquaresBlock: those go over to double after kDepth groups, here a whole number of runs.
 template <class X, int R>
 class ShortRuns {
   public:
     using T = Compute<X>;
     static constexpr int K = kStep / kWidth<X>, W = Widened<T>::kVectors, G = 2 * K;
+    using Block = SquaresBlock<X, false>;
+    static_assert(kLoose || (Block::kLanes == G * kWidth<X> && Block::kSteps == kDepth));
 
     NK_INLINE explicit ShortRuns(index_t lanes)
         : groups_((lanes - 1) / (2 * kStep)),

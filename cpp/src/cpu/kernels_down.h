@@ -765,10 +765,10 @@ NK_INLINE void backward_by_row(In dy, In x, In w, Out dx, Statistics<Compute<X>>
 
 constexpr index_t kRowByRow = 256;  // lanes
 
-// Sums alone, row by row: those of the lanes wait in L1, and memory is read in order. A few lanes of all rows, with
-// sums in registers, wait for memory. Time of those / row by row, group norm NHWC 2 x 64^2, sums alone (one thread of a
-// Zen 5): 960 channels 1.3, 1024 1.65; of the whole backward pass 1.04, 1.15. Where arrays are in a cache 0.97, and
-// below this many lanes 0.9.
+// Sums alone, of at least one row, row by row: those of the lanes wait in L1, and memory is read in order. A few lanes
+// of all rows, with sums in registers, wait for memory. Time of those / row by row, group norm NHWC 2 x 64^2, sums
+// alone (one thread of a Zen 5): 960 channels 1.3, 1024 1.65; of the whole backward pass 1.04, 1.15. Where arrays are
+// in a cache 0.97, and below this many lanes 0.9.
 constexpr index_t kSumsByRow = 512;  // lanes
 template <class X, bool SLane, bool WLane>
 NK_INLINE void sums_by_row(In dy, In x, In w, Statistics<Compute<X>> s, index_t rows, index_t lanes, double* sum_g,

@@ -147,16 +147,16 @@ class LeafWalk {
     index_t set_, leaf_, run_, piece_;  // the next leaf: in which set, in the set, and where it begins
 };
 
-// Cuts the sets into pieces of work of about kPieceBytes each; or, where one set is read while another is written, into
-// as few as keep the threads evenly busy: the first sets of a piece are read, and its last ones written, with nothing
-// beside.
+// Cuts the sets into pieces of work of about kPieceBytes each. Where one set is written while another is read, the
+// first sets of a piece are read, and its last ones written, with nothing beside: then into as few as keep the threads
+// evenly busy.
 struct SetPieces {
     index_t sets, per;
     // at_once: sets that are written together.
     SetPieces(const Plan& plan, index_t element, const Schedule& schedule, index_t at_once) : sets(plan.sets) {
         const index_t bytes = plan.set_size * element;
         const index_t fair = schedule.threads > 1 ? sets / (4 * schedule.threads) : sets;
-        per = schedule.by_row || bytes == 0 ? fair : kPieceBytes / bytes;
+        per = schedule.by_row ? fair : kPieceBytes / bytes;
         if (per < at_once) per = at_once;
         if (per > fair) per = fair;
         if (per > at_once) per -= per % at_once;

@@ -165,7 +165,7 @@ class RowsBackward {
             series[i].leaves = one_each ? n : per_set;
             series[i].next_set = one_each;
         }
-        sums_along(k_, series.all, all, s, sums);
+        sums_along(k_, series.get(), all, s, sums);
     }
 
     void cells_by_leaf(const Offsets& at, index_t n, const TileStatistics<T>& s, Sums* sums) const {
@@ -184,7 +184,7 @@ class RowsBackward {
                 series[m].leaves = some.n;
                 taken += some.n;
             }
-            sums_along(k_, series.all, m, s, of_leaves.all);
+            sums_along(k_, series.get(), m, s, of_leaves.get());
             for (index_t j = 0; j < taken; ++j) {
                 if (leaf == 0) *sums = {};
                 *sums += of_leaves[j];

@@ -242,8 +242,8 @@ class RowsForward {
                     series[k] = {{x + run * row, row}, {x, next}, rows, leaves_.run, next, n};
                 }
                 // What there is of a set that is one leaf goes where it belongs.
-                Moments* const to = leaves == 1 ? &batch->moments[first] : moments.all;
-                moments_along(k_, series.all, taken, read_x_.lane(), plan_.center, to, beside());
+                Moments* const to = leaves == 1 ? &batch->moments[first] : moments.get();
+                moments_along(k_, series.get(), taken, read_x_.lane(), plan_.center, to, beside());
                 for (index_t k = 0; leaves > 1 && k < taken * n; ++k) {
                     put(moments[k], l == 0 && k < n, &batch->moments[first + k % n]);
                 }
@@ -285,7 +285,7 @@ class RowsForward {
                 taken += some.n;
                 lane = at.lane;
             }
-            moments_along(k_, series.all, n, lane, plan_.center, moments.all, beside());
+            moments_along(k_, series.get(), n, lane, plan_.center, moments.get(), beside());
             for (index_t i = 0; i < taken; ++i) f(moments[i]);
             left -= taken;
         }

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
+#include <type_traits>
 
 #include "../formula.h"
 #include "tiles.h"
@@ -29,13 +31,15 @@ class Buffer {
 // An array on the stack, uninitialized. Where results go past the caches, ordinary stores wait behind them: clearing
 // 1.5 KiB for every five rows of rms norm 4096 x 768 took 1.25 times as long (one thread of a Zen 5).
 template <class E, index_t n>
-struct Room {
-    union {
-        E all[n];
-    };
-    Room() {}
-    E& operator[](index_t i) { return all[i]; }
-    const E& operator[](index_t i) const { return all[i]; }
+class Room {
+  public:
+    E* get() { return std::launder(reinterpret_cast<E*>(bytes_)); }
+    E& operator[](index_t i) { return get()[i]; }
+    const E& operator[](index_t i) const { return const_cast<Room*>(this)->get()[i]; }
+
+  private:
+    static_assert(std::is_trivially_copyable_v<E> && std::is_aggregate_v<E>, "objects that begin with their values");
+    alignas(E) unsigned char bytes_[n * sizeof(E)];
 };
 
 // The statistics of a range of sets as kernels read them: six arrays of the same length, filled set by set.
