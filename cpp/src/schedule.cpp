@@ -47,13 +47,6 @@ constexpr index_t kNearSamples = index_t{16} << 20;
 // 0.75.
 constexpr index_t kLeastRow = 512, kLeastRowNear = 2048;
 
-// Bytes of two rows, that which is read and that which is written, and of the parameters between them. If they are as
-// many, and one thread has the memory for itself, a row waits for L2 more than the other gains, unless its moments are
-// those of whole leaves, whose squares are not taken by themselves. Time beside / in batches, 2^24 elements (one thread
-// of a Zen 5): rms norm, rows of 3584 0.8, 4096 1.15, 8192 1.3; layer norm 2560 0.95, 3072 1.2, 4096 0.85. Two threads:
-// 0.9 everywhere; rms norm 16 x 65536, in L3, 0.75.
-constexpr index_t kTwoRows = 48 * 1024;
-
 // Elements of a row beyond which it is not in L2 any more when it is written.
 constexpr index_t kLongestRow = index_t{1} << 16;
 
@@ -106,15 +99,6 @@ bool can_go_by_row(const Plan& plan, index_t element, int arrays) {
     return lanes.stride[kGradient] != 0 && lanes.extent * std::max(element, index_t{sizeof(float)}) <= cpu::kMostSums;
 }
 
-// Of sets that are rows.
-bool waits_for_l2(const Plan& plan, index_t element) {
-    if (plan.run.n == 0) return false;
-    const Axis& lanes = plan.run.inner();
-    const int parameters = (lanes.stride[kWeight] != 0) + (lanes.stride[kBias] != 0);
-    const index_t all = plan.set_size * (2 * element + parameters * std::max(element, index_t{sizeof(float)}));
-    return all >= kTwoRows && !(plan.center && plan.set_size >= 2 * kLeafLanes);
-}
-
 // Non-temporal stores want whole vectors, which elements between multiples of their size never are: one kernel goes on
 // from tile to tile.
 bool lies_on_elements(const Plan& plan, index_t element) {
@@ -155,9 +139,7 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
     }
     const index_t all = plan.total * element * (arrays + 1);
     const bool short_rows_pay = all >= far_bytes(Writes::beside, s.threads) || arrays > 1;
-    const bool long_rows =
-        plan.set_size * element >= (short_rows_pay ? kLeastRow : kLeastRowNear) &&
-        !(arrays == 1 && s.threads == 1 && all >= far_bytes(Writes::after, 1) && waits_for_l2(plan, element));
+    const bool long_rows = plan.set_size * element >= (short_rows_pay ? kLeastRow : kLeastRowNear);
     const bool beyond_l2 = plan.total * element > l2_bytes() / 2 * s.threads;
     const bool worth = beyond_l2 && (set_is_row(plan) ? long_rows : plan.run.size() >= kLeastRun);
     s.by_row = can_go_by_row(plan, element, arrays) && write && !given && s.resident && choose(forced.by_row, worth);

@@ -1180,8 +1180,9 @@ struct WritingDx {
 
 // Row r is written beside the sums of row r + 1; or before them, where two rows, the sums down the lanes and w together
 // are more than L1 holds. Time beside / in turn, rms norm of 2^24 elements (one thread of a Zen 5): rows of 1024 0.8,
-// 1536 1.0, 2048 1.35, 4096 1.45.
-constexpr index_t kLongestBeside = 6 * 1024;  // bytes of sums
+// 1536 1.0, 2048 1.35, 4096 1.45. Rows of 16 bits are half as long, and their conversions are worth doing meanwhile: 4096
+// 0.65.
+constexpr index_t kLongestBeside = 6 * 1024;  // bytes of a row
 template <class X, bool Sum, bool Stream, bool IsBeside>
 void backward_row_by_row(const BackwardRows<Compute<X>>& all) {
     using T = Compute<X>;
@@ -1224,7 +1225,7 @@ void backward_row_by_row(const BackwardRows<Compute<X>>& all) {
 template <class X>
 void backward_rows(const BackwardRows<Compute<X>>& all) {
     with_stream<X>(all.stream, all.dx, all.lanes, [&](auto streamed) NK_INLINE_LAMBDA {
-        const bool is_beside = all.lanes * static_cast<index_t>(sizeof(Compute<X>)) <= kLongestBeside;
+        const bool is_beside = sizeof(X) == 2 || bytes<X>(all.lanes) <= kLongestBeside;
         const auto kernel = is_beside ? (all.sum_g ? backward_row_by_row<X, true, streamed, true>
                                                    : backward_row_by_row<X, false, streamed, true>)
                                       : (all.sum_g ? backward_row_by_row<X, true, streamed, false>
