@@ -522,8 +522,8 @@ void moments_of_short_runs(const LeafSeries* series, index_t n, Moments* out) {
     }
 }
 
-// Null where runs of so many lanes have no such kernel: a sum of squares takes a whole number of runs, of four groups
-// at most, and other instruction sets have too few registers.
+// Null where runs of so many lanes have no such kernel: a sum of squares takes a whole number of runs, so these have
+// one, two or four groups; other instruction sets have too few registers.
 template <class X>
 NK_INLINE void (*short_runs_kernel([[maybe_unused]] index_t lanes))(const LeafSeries*, index_t, Moments*) {
     if constexpr (kVectorBytes == 64 && !kAboutOrigin<X>) {
@@ -1180,8 +1180,8 @@ struct WritingDx {
 
 // Row r is written beside the sums of row r + 1; or before them, where two rows, the sums down the lanes and w together
 // are more than L1 holds. Time beside / in turn, rms norm of 2^24 elements (one thread of a Zen 5): rows of 1024 0.8,
-// 1536 1.0, 2048 1.35, 4096 1.45. Rows of 16 bits are half as long, and their conversions are worth doing meanwhile: 4096
-// 0.65.
+// 1536 1.0, 2048 1.35, 4096 1.45. Rows of 16 bits are half as long, and their conversions are worth doing meanwhile:
+// 4096 0.65.
 constexpr index_t kLongestBeside = 6 * 1024;  // bytes of a row
 template <class X, bool Sum, bool Stream, bool IsBeside>
 void backward_row_by_row(const BackwardRows<Compute<X>>& all) {
