@@ -774,7 +774,7 @@ template <class X, bool SLane, bool WLane>
 NK_INLINE void sums_by_row(In dy, In x, In w, Statistics<Compute<X>> s, index_t rows, index_t lanes, double* sum_g,
                            double* sum_g_xhat) {
     using T = Compute<X>;
-    constexpr index_t width = kWidth<X>, kLanes = 1024;
+    constexpr index_t kLanes = 1024;
     alignas(64) T sum[kLanes], sum_xhat[kLanes];
     const Adder<T> plus;
     for (index_t first = 0; first < lanes; first += kLanes) {
@@ -790,25 +790,17 @@ NK_INLINE void sums_by_row(In dy, In x, In w, Statistics<Compute<X>> s, index_t 
                 rstd = splat<X>(s.rstd[k]);
             }
             if constexpr (!WLane) wv = splat<X>(value_at<T>(pw));
-            const auto add = [&](T* to, index_t lane, int turn, Vec<X> v) NK_INLINE_LAMBDA {
-                char* const p = reinterpret_cast<char*>(to + lane);
-                const Vec<X> before = is_first ? Vec<X>{} : load<T>(p);
-                store<T>(p, turn < 0 ? before + v : plus.by_turns(turn, before, v));
+            const auto before = [&](const T* of, index_t lane) NK_INLINE_LAMBDA {
+                return is_first ? Vec<X>{} : load<T>(reinterpret_cast<const char*>(of + lane));
             };
-            const auto vector = [&](index_t lane, int turn, int n) NK_INLINE_LAMBDA {
+            for_vectors<X, false>(all, nullptr, [&](index_t lane, int n) NK_INLINE_LAMBDA {
                 const Vec<X> g =
                     load_rest<X>(pdy + bytes<X>(lane), n) * (WLane ? load_rest<T>(pw + bytes<T>(lane), n) : wv);
                 const Vec<X> d = load_rest<X>(px + bytes<X>(lane), n) - (SLane ? load_term<X>(s.hi + k + lane, n) : hi);
-                add(sum, lane, turn, g);
-                add(sum_xhat, lane, -1, g * (SLane ? d : (kLoose ? d : d - lo) * rstd));
-            };
-            index_t lane = 0;
-            for (; all - lane >= 2 * width; lane += 2 * width) {
-                vector(lane, 0, width);
-                vector(lane + width, 1, width);
-            }
-            for (; all - lane >= width; lane += width) vector(lane, 0, width);
-            if (lane < all) vector(lane, 0, static_cast<int>(all - lane));
+                const Vec<X> g_xhat = g * (SLane ? d : (kLoose ? d : d - lo) * rstd);
+                store<T>(reinterpret_cast<char*>(sum + lane), plus(before(sum, lane), g));
+                store<T>(reinterpret_cast<char*>(sum_xhat + lane), before(sum_xhat, lane) + g_xhat);
+            });
         };
         row_at(0, std::true_type{});
         for (index_t r = 1; r < rows; ++r) row_at(r, std::false_type{});

@@ -35,7 +35,6 @@ class Room {
   public:
     E* get() { return std::launder(reinterpret_cast<E*>(bytes_)); }
     E& operator[](index_t i) { return get()[i]; }
-    const E& operator[](index_t i) const { return const_cast<Room*>(this)->get()[i]; }
 
   private:
     static_assert(std::is_trivially_copyable_v<E> && std::is_aggregate_v<E>, "objects that begin with their values");
