@@ -230,6 +230,48 @@ def test_same_bits_wherever_rows_lie(rng, norm, lanes, dtype):
             assert (wide[..., lanes:].copy().view(np.uint8) == 0xA5).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lanes", [3, 16, 33, 64, 100, 128, 257, 512, 700, 1024, 1025])
+@pytest.mark.parametrize("norm", ["layer", "rms", "instance"])
+def test_short_rows_in_eights(rng, norm, lanes, dtype):
+    """Eight rows at a time, as one by one; among them such as no eight can have: constant, tiny, huge, not finite."""
+    dtype, rows = np.dtype(dtype), 83
+    x, dy = (random(rng, (rows, lanes), dtype=dtype.name) for _ in range(2))
+    x[3] = x[27] = 0
+    x[4, : lanes // 2] = -x[4, -(lanes // 2) :]
+    x[22] *= np.array(2.0**-120 if dtype.name in ("float32", "bfloat16", "float64") else 2.0**-14, dtype)
+    x[40, -1], x[41, 0] = np.inf, np.nan
+    x[62] = np.array(3e38 if dtype.name in ("float32", "bfloat16", "float64") else 6e4, dtype)
+    of = (rows,) if norm == "instance" else (lanes,)
+    weight, bias = (random(rng, of, dtype=dtype.name) for _ in range(2))
+    running = [np.zeros(rows, np.float32), np.ones(rows, np.float32)]
+
+    def run():
+        if norm == "instance":
+            images, given = x.reshape(1, rows, lanes), [a.copy() for a in running]
+            results = nk.instance_norm_forward(images, *given, weight, bias, eps=0.0)
+            results, more = (results[0].reshape(rows, lanes), *results[1:]), given
+        else:
+            forward = getattr(nk, f"{norm}_norm_forward")
+            results, more = forward(x, lanes, weight, *((bias,) if norm == "layer" else ()), eps=0.0), []
+        paths = [_debug.last_path()]
+        if norm != "instance":
+            more += getattr(nk, f"{norm}_norm_backward")(dy, x, *results[1:], lanes, weight)
+            paths.append(_debug.last_path())
+        return [a for a in (*results, *more) if a is not None], [path["in_eights"] for path in paths]
+
+    with np.errstate(all="ignore"), _debug.force(isa=_debug.isas()[0], by_row=False, stream=False):
+        expected, in_eights = run()
+    assert not any(in_eights)
+    for isa, threads, stream in product(_debug.isas(), (1, 3), (False, True)):
+        with np.errstate(all="ignore"), _debug.force(isa=isa, threads=threads, stream=stream, split=False):
+            results, in_eights = run()
+        same(results, expected)
+        most = 512 // dtype.itemsize * 2 if stream else 1024  # of elements forward; backward half as many
+        for arrays, one in enumerate(in_eights, start=1):
+            assert one is (dtype.itemsize < 8 and lanes * arrays <= most)
+
+
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize(
     ("of_weight", "of_bias"), [(1, 0.0), (-1, -0.0), (np.inf, 0.0), (3e38, 1.0), (np.nan, 1.0)], ids=str

@@ -435,6 +435,7 @@ py::dict py_last_path() {
     d["resident"] = path.resident;
     d["stream"] = path.stream;
     d["by_row"] = path.by_row;
+    d["in_eights"] = path.in_eights;
     return d;
 }
 

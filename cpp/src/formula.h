@@ -11,15 +11,19 @@ namespace normkit {
 
 NORMKIT_HOST_DEVICE double rstd_of(const Moments& m, double eps) { return 1 / std::sqrt(m.M2 / m.count + eps); }
 
-// Whether moments whose squares were taken in T can't be trusted: sums that overflowed (or met NaN or infinity), or
+// Whether moments whose squares were taken in T can be trusted: not where sums overflowed (or met NaN or infinity), nor
 // squares so small that T has lost them (2^-126 is the least normal float, 2^-26 of the variance the contract's last
 // digit). Then the set is done again in double, scaled (moments_in_double). eps counts, because beside it a lost square
-// does no harm.
+// does no harm. V: of one set or, as a vector, of several.
+template <class T, class V>
+NORMKIT_HOST_DEVICE auto are_plain(V mean, V M2, double count, double eps) {
+    constexpr double kLost = sizeof(T) == 4 ? 0x1p-100 : 0x1p-960;
+    // Without branches: many sets are asked about in one loop, of vectors. A finite number less itself is 0.
+    return (mean - mean == 0.0) & (M2 - M2 == 0.0) & (M2 + eps * count >= kLost * count);
+}
 template <class T>
 NORMKIT_HOST_DEVICE bool is_doubtful(const Moments& m, double eps) {
-    constexpr double kLost = sizeof(T) == 4 ? 0x1p-100 : 0x1p-960;
-    // Without branches: many sets are asked about in one loop, of vectors.
-    return !(std::isfinite(m.mean) & std::isfinite(m.M2) & (m.M2 + eps * m.count >= kLost * m.count));
+    return !are_plain<T>(m.mean, m.M2, m.count, eps);
 }
 
 // The statistics of a set. The mean is mean + mean_lo: beside a standard deviation a millionth of it, the rounding of a
@@ -61,8 +65,8 @@ struct Split {
 };
 
 // Whether a set with this rstd surely is done as it is.
-template <class T>
-NORMKIT_HOST_DEVICE bool is_unscaled(double rstd) {
+template <class T, class V>
+NORMKIT_HOST_DEVICE auto is_unscaled(V rstd) {
     constexpr double kFar = sizeof(T) == 4 ? 0x1p60 : 0x1p500;
     return (rstd >= 1 / kFar) & (rstd <= kFar);
 }

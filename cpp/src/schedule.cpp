@@ -47,6 +47,9 @@ constexpr index_t kNearSamples = index_t{16} << 20;
 // 0.75.
 constexpr index_t kLeastRow = 512, kLeastRowNear = 2048;
 
+// Bytes of the longest rows that come from memory eight at a time.
+constexpr index_t kFarEights = 1024;
+
 // Elements of a row beyond which it is not in L2 any more when it is written.
 constexpr index_t kLongestRow = index_t{1} << 16;
 
@@ -141,7 +144,9 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
     const bool short_rows_pay = all >= far_bytes(Writes::beside, s.threads) || arrays > 1;
     const bool long_rows = plan.set_size * element >= (short_rows_pay ? kLeastRow : kLeastRowNear);
     const bool beyond_l2 = plan.total * element > l2_bytes() / 2 * s.threads;
-    const bool worth = beyond_l2 && (set_is_row(plan) ? long_rows : plan.run.size() >= kLeastRun);
+    const bool in_eights = set_is_row(plan) && element < 8 && plan.set_size * arrays <= cpu::kMostOfEight &&
+                           plan.sets >= (arrays > 1 ? index_t{kSumRows} : cpu::kEight);
+    const bool worth = in_eights || (beyond_l2 && (set_is_row(plan) ? long_rows : plan.run.size() >= kLeastRun));
     s.by_row = can_go_by_row(plan, element, arrays) && write && !given && s.resident && choose(forced.by_row, worth);
     const index_t row = plan.walk == Walk::rows ? plan.run.size() : plan.lane.extent * plan.merge.extent;
     const bool in_short_runs = plan.walk == Walk::rows ? row < kShortRun : s.lanes < row;
@@ -150,6 +155,7 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
                           : in_short_runs && !given ? Writes::runs
                                                     : Writes::after;
     s.far = choose(forced.stream, all >= far_bytes(writes, s.threads));
+    s.in_eights = s.by_row && in_eights && (!s.far || plan.set_size * element * arrays <= kFarEights);
     s.stream =
         choose(forced.stream, write && !in_place && s.far && row >= kStreamRow) && lies_on_elements(plan, element);
     return s;

@@ -10,12 +10,13 @@ constexpr index_t kMostLanes = 1024;
 
 struct Schedule {
     int threads = 1;
-    bool split = false;    // a set is shared by several units of work
-    bool resident = true;  // moments and apply (or sums and dx) on one unit before the next
-    bool stream = false;   // non-temporal stores
-    bool by_row = false;   // the sums of one set beside the writing of another
-    bool far = false;      // arrays come from memory: what is read next is asked for
-    index_t lanes = 0;     // columns: neighbouring lanes in a unit, a multiple of merge.extent
+    bool split = false;      // a set is shared by several units of work
+    bool resident = true;    // moments and apply (or sums and dx) on one unit before the next
+    bool stream = false;     // non-temporal stores
+    bool by_row = false;     // the sums of one set beside the writing of another
+    bool in_eights = false;  // and sets are short rows, of which a kernel has eight in hand
+    bool far = false;        // arrays come from memory: what is read next is asked for
+    index_t lanes = 0;       // columns: neighbouring lanes in a unit, a multiple of merge.extent
 };
 
 // `element`: bytes of one. `arrays`: how many arrays of x's size are read (1 forward, 2 backward). `write`: a result of

@@ -24,6 +24,7 @@ class Path(TypedDict):
     resident: bool
     stream: bool
     by_row: bool
+    in_eights: bool
 
 
 class _Settings(NamedTuple):
@@ -75,7 +76,7 @@ def force(
     stream : bool, optional
         Non-temporal stores.
     by_row : bool, optional
-        The sums of one set beside the writing of another, where kernels can do that.
+        The sums of one set beside the writing of another, where kernels can do that; of short rows, eight at a time.
     """
     wanted: dict[str, Any] = {"isa": isa, "split": split, "resident": resident, "stream": stream, "by_row": by_row}
     before, threads_before = _forced.settings, get_num_threads()

@@ -17,8 +17,14 @@ namespace cpu {
 namespace {
 
 void record(const Plan& plan, const Schedule& s, const Isa& isa) {
-    last_path = {
-        plan.walk == Walk::rows ? "rows" : "columns", isa.name, s.threads, s.split, s.resident, s.stream, s.by_row};
+    last_path = {plan.walk == Walk::rows ? "rows" : "columns",
+                 isa.name,
+                 s.threads,
+                 s.split,
+                 s.resident,
+                 s.stream,
+                 s.by_row,
+                 s.in_eights};
 }
 
 }  // namespace

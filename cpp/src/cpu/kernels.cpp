@@ -8,6 +8,7 @@
 #include "kernels.h"
 
 #include "kernels_down.h"
+#include "kernels_eights.h"
 
 // `kernels_avx2_float32`, for NORMKIT_ISA_NAME = avx2, NORMKIT_DTYPE_NAME = float32.
 #define NORMKIT_JOIN(isa, dtype) kernels_##isa##_##dtype
@@ -27,6 +28,8 @@ constexpr Kernels<X> table() {
         {sums_along<X, false>, sums_along<X, true>},
         {dx_along<X, false>, dx_along<X, true>},
         backward_rows<X>,
+        forward_in_eights<X>,
+        backward_in_eights<X>,
         {{backward_down<X, false, false>, backward_down<X, false, true>},
          {backward_down<X, true, false>, backward_down<X, true, true>}},
         copy<X>,

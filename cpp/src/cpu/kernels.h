@@ -111,6 +111,32 @@ struct BackwardRows {
     T *mean_g = nullptr, *mean_g_xhat = nullptr;
 };
 
+// Sets that are one row each, of at most kMostOfEight elements, forward. w, b: one a row, or one a lane. mean, rstd,
+// M2: one a row, or null.
+constexpr int kEight = 8;
+constexpr index_t kMostOfEight = 1024;
+template <class T>
+struct ForwardEights {
+    In x, w, b;
+    Out y;
+    index_t rows = 0, lanes = 0;
+    bool w_lane = false, center = true;
+    bool stream = false, far = false;  // far: x comes from memory, and what is read next is asked for
+    double eps = 0;
+    double *mean = nullptr, *rstd = nullptr, *M2 = nullptr;
+};
+
+// And backward, of half as many. w is one a lane; mean is null where there is none. sum_g, sum_g_xhat: as in
+// BackwardRows.
+struct BackwardEights {
+    In dy, x, w;
+    Out dx;
+    index_t rows = 0, lanes = 0;
+    bool stream = false, far = false;
+    const double *mean = nullptr, *rstd = nullptr;
+    double *sum_g = nullptr, *sum_g_xhat = nullptr;
+};
+
 template <class X>
 struct Kernels {
     using T = Compute<X>;
@@ -143,6 +169,12 @@ struct Kernels {
     // sums_along and dx_along, row by row, and the sums of dy and dy * xhat down the lanes; w is one a lane.
     // Precondition: rows <= kSumRows.
     void (*backward_rows)(const BackwardRows<T>& rows);
+
+    // All of a pass over rows that are sets, eight at a time, as far as their statistics are plain (are_plain,
+    // is_unscaled). They return how many rows have been done: a multiple of kEight, backward of kSumRows; of float64
+    // none.
+    index_t (*forward_in_eights)(const ForwardEights<T>& rows);
+    index_t (*backward_in_eights)(const BackwardEights& rows);
 
     // Down the rows: dx, or the sums of each lane, or both in one reading. First index: statistics are one entry a row
     // (0) or a lane (1); second: w likewise. Sums alone (dx.p null) are of g = w * dy, as the mean over S wants; beside

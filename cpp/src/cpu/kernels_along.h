@@ -1125,9 +1125,17 @@ struct WritingDx {
     T *sum = nullptr, *sum_xhat = nullptr;
     bool far;
     Seam& seam;
-    Vec<X> hi = {}, lo = {}, rstd = {}, e = {}, c = {};
+    Vec<X> hi, lo, rstd, e, c;
 
     NK_INLINE WritingDx(const BackwardRows<T>& all, index_t r, T* sums, T* sums_xhat, Seam& last)
+        : WritingDx(all, r, all.s, r * all.s.row, sums, sums_xhat, last) {}
+    NK_INLINE WritingDx(const BackwardRows<T>& all, index_t r, const Statistics<T>& s, index_t i, T* sums, T* sums_xhat,
+                        Seam& last)
+        : WritingDx(all, r, {s.hi[i], s.lo[i], s.rstd[i], 1},
+                    dx_terms<T>(s.lo[i], s.rstd[i], s.mean_g[i], s.mean_g_xhat[i]), sums, sums_xhat, last) {}
+    // all: BackwardRows or BackwardEights.
+    template <class All>
+    NK_INLINE WritingDx(const All& all, index_t r, Split<T> s, DxTerms<T> terms, T* sums, T* sums_xhat, Seam& last)
         : lanes(all.lanes),
           dy(all.dy.at(r)),
           x(all.x.at(r)),
@@ -1136,15 +1144,12 @@ struct WritingDx {
           sum(sums),
           sum_xhat(sums_xhat),
           far(all.far),
-          seam(last) {
-        const Statistics<T>& s = all.s;
-        const index_t i = r * s.row;
-        const DxTerms<T> terms = dx_terms<T>(s.lo[i], s.rstd[i], s.mean_g[i], s.mean_g_xhat[i]);
-        hi = splat<X>(s.hi[i]);
-        lo = splat<X>(s.lo[i]);
-        rstd = splat<X>(s.rstd[i]);
-        e = splat<X>(terms.e);
-        c = splat<X>(terms.c);
+          seam(last),
+          hi(splat<X>(s.hi)),
+          lo(splat<X>(s.lo)),
+          rstd(splat<X>(s.rstd)),
+          e(splat<X>(terms.e)),
+          c(splat<X>(terms.c)) {
         if constexpr (Stream) {
             const index_t head = head_of_row<X>(dx, lanes);
             if (head > 0) vector(static_cast<int>(head));

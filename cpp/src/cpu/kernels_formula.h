@@ -2,6 +2,7 @@
 // compiles the contracts out. Part of kernels.cpp, so everything is in its anonymous namespace.
 #pragma once
 
+#include "../formula.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -17,9 +18,14 @@ using normkit::kLeafSteps;
 using normkit::kStep;
 using normkit::kSumRows;
 using normkit::Moments;
+using normkit::Split;
+using normkit::cpu::BackwardEights;
 using normkit::cpu::BackwardRows;
+using normkit::cpu::ForwardEights;
 using normkit::cpu::In;
+using normkit::cpu::kEight;
 using normkit::cpu::Kernels;
+using normkit::cpu::kMostOfEight;
 using normkit::cpu::kMostSums;
 using normkit::cpu::LeafSeries;
 using normkit::cpu::Out;

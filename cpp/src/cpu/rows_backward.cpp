@@ -372,10 +372,13 @@ class RowsBackward {
         const Tiles tile(rows_and_lanes(grid.rows.inner(), grid.lanes), 0);
         for (index_t r = first; r < first + rows && !gives_up();) {
             const Axis& inner = grid.rows.inner();
-            index_t n = inner.extent - r % inner.extent;
-            if (n > kSumRows) n = kSumRows;
-            if (n > first + rows - r) n = first + rows - r;
+            index_t n = std::min(inner.extent - r % inner.extent, first + rows - r);
             const Offsets row = grid.rows.offsets(r);
+            if (const index_t done = own_sets ? in_eights(row, tile, n, lanes, sum_g, sum_g_xhat) : 0) {
+                r += done;
+                continue;
+            }
+            n = std::min(n, index_t{kSumRows});
             r += n;
             if (own_sets && row_by_row(row, tile, n, lanes, sum_g, sum_g_xhat)) continue;
             if (own_sets) sums_of_sets(row[kSet], inner.stride[kSet], n);
@@ -388,6 +391,19 @@ class RowsBackward {
                          sum_g ? sum_g_xhat + to : nullptr, schedule_.stream);
             }
         }
+    }
+
+    // The same for sets that are short rows, by a kernel that takes them eight at a time. Returns how many it has done.
+    index_t in_eights(const Offsets& at, const Tiles& tile, index_t rows, index_t lanes, double* sum_g,
+                      double* sum_g_xhat) const {
+        if (!schedule_.in_eights || !set_is_row_ || elements_.n > 1 || tile.rows.stride[kStatistic] != 1) return 0;
+        rows = std::min(rows, kLongestPiece / lanes);
+        return backward_in_eights(k_, operand(call_.dy, call_.dtype, at, tile, kDy),
+                                  operand(call_.x, call_.dtype, at, tile, kX),
+                                  parameter(call_.weight, call_.weight_dtype, at, tile, kWeight, one<T>()),
+                                  operand(call_.dx, call_.dtype, at, tile, kY), rows, lanes,
+                                  plan_.center ? call_.mean + at[kStatistic] : nullptr, call_.rstd + at[kStatistic],
+                                  sum_g, sum_g_xhat, schedule_.stream, schedule_.far);
     }
 
     // The same for sets that are one row each, by a kernel that does the sums of one beside dx of another.

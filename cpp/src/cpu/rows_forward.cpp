@@ -50,7 +50,7 @@ class RowsForward {
 
     void run() {
         if (schedule_.resident && !schedule_.split) {
-            const SetPieces pieces(plan_, sizeof(X), schedule_, tiles_.at_once());
+            const SetPieces pieces(plan_, sizeof(X), schedule_, come_in_eights() ? kEight : tiles_.at_once());
             parallel_for(pieces.count(), schedule_.threads,
                          [&](index_t i) { whole_sets(pieces.first(i), pieces.last(i)); });
         } else {
@@ -76,13 +76,44 @@ class RowsForward {
     };
 
     void whole_sets(index_t first, index_t last) const {
-        if (schedule_.by_row) return elements_.n == 1 ? rows_beside(first, last) : whole_sets_beside(first, last);
+        if (!schedule_.by_row) return in_turn(first, last);
+        if (elements_.n > 1) return whole_sets_beside(first, last);
+        if (come_in_eights()) return rows_in_eights(first, last);
+        rows_beside(first, last);
+    }
+
+    void in_turn(index_t first, index_t last) const {
         Batch batch;
         for (index_t set = first; set < last && !gives_up(); set += batch.n) {
             take(set, last, &batch);
             moments_of(&batch, 0, batch.n, nothing);
             finish(&batch, 0, batch.n);
             if (call_.y) write(batch);
+        }
+    }
+
+    // Whether sets are rows so short that a kernel takes them eight at a time.
+    bool come_in_eights() const {
+        return schedule_.in_eights && elements_.n == 1 && tiles_.next.stride[kStatistic] == 1;
+    }
+    void rows_in_eights(index_t first, index_t last) const {
+        Tiles rows(elements_, 0);
+        rows.rows = tiles_.next;
+        const index_t most = kLongestPiece / plan_.set_size, extent = tiles_.next.extent;
+        index_t in_turn_then = kEight / 2;
+        for (index_t set = first; set < last && !gives_up();) {
+            const index_t n = std::min({last - set, extent - set % extent, most});
+            const Offsets at = plan_.kept.offsets(set);
+            const auto from = [i = at[kStatistic]](double* all) { return all ? all + i : nullptr; };
+            const index_t done =
+                forward_in_eights(k_, tile_at(at, rows, {Offsets{}, n, rows.lanes.extent}, {}), plan_.center, call_.eps,
+                                  from(call_.mean), from(call_.rstd), from(call_.M2));
+            // What the kernel leaves: less than eight, or eight of which some are not plain; where it does not get on,
+            // more and more.
+            in_turn_then = done > 0 ? index_t{kEight} : std::min(2 * in_turn_then, kSetsAtOnce);
+            const index_t others = std::min(n - done, in_turn_then);
+            if (others > 0) in_turn(set + done, set + done + others);
+            set += done + others;
         }
     }
 

@@ -375,17 +375,88 @@ NK_INLINE T sum_lanes_by_halves(typename Lanes<T, N>::type v) {
 }
 
 // The sum of K * kWidth lanes by halves: lane i takes lane i + half. The order of the additions depends on the number
-// of lanes only, never on the width of a vector.
-template <class T, int K>
-NK_INLINE T sum_by_halves(const Vec<T> (&v)[K]) {
+// of lanes only, never on the width of a vector. First down to one vector,
+template <class V, int K>
+NK_INLINE V vectors_by_halves(const V (&v)[K]) {
     if constexpr (K == 1) {
-        return sum_lanes_by_halves<T, kWidth<T>>(v[0]);
+        return v[0];
     } else {
-        Vec<T> half[K / 2];
+        V half[K / 2];
 #pragma GCC unroll 16
         for (int i = 0; i < K / 2; ++i) half[i] = v[i] + v[i + K / 2];
-        return sum_by_halves<T, K / 2>(half);
+        return vectors_by_halves(half);
     }
+}
+// and then to one number,
+template <class T, int K>
+NK_INLINE T sum_by_halves(const Vec<T> (&v)[K]) {
+    return sum_lanes_by_halves<T, kWidth<T>>(vectors_by_halves(v));
+}
+// or eight vectors to a number each.
+template <class T>
+using Eight = typename Lanes<T, 8>::type;
+NK_INLINE Eight<double> lanes_by_halves(const Vec<double> (&v)[8]) {
+#if defined(__AVX512F__)
+    const auto fours = [&](int a, int b) {
+        const __m512d va = (__m512d)v[a], vb = (__m512d)v[b];
+        return (__m512d)((Vec<double>)_mm512_shuffle_f64x2(va, vb, 0x44) +
+                         (Vec<double>)_mm512_shuffle_f64x2(va, vb, 0xee));
+    };
+    const auto twos = [](__m512d a, __m512d b) {
+        return (__m512d)((Vec<double>)_mm512_shuffle_f64x2(a, b, 0x88) + (Vec<double>)_mm512_shuffle_f64x2(a, b, 0xdd));
+    };
+    const __m512d even = twos(fours(0, 2), fours(4, 6)), odd = twos(fours(1, 3), fours(5, 7));
+    return (Vec<double>)_mm512_unpacklo_pd(even, odd) + (Vec<double>)_mm512_unpackhi_pd(even, odd);
+#else
+    Eight<double> sums;
+    for (int i = 0; i < 8; ++i) sums[i] = sum_lanes_by_halves<double, kWidth<double>>(v[i]);
+    return sums;
+#endif
+}
+NK_INLINE Eight<float> lanes_by_halves(const Vec<float> (&v)[8]) {
+#if defined(__AVX512F__)
+    const auto eights = [&](int a, int b) {
+        const __m512 va = (__m512)v[a], vb = (__m512)v[b];
+        return (__m512)((Vec<float>)_mm512_shuffle_f32x4(va, vb, 0x44) +
+                        (Vec<float>)_mm512_shuffle_f32x4(va, vb, 0xee));
+    };
+    const auto fours = [](__m512 a, __m512 b) {
+        return (__m512d)((Vec<float>)_mm512_shuffle_f32x4(a, b, 0x88) + (Vec<float>)_mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    const __m512d even = fours(eights(0, 2), eights(4, 6)), odd = fours(eights(1, 3), eights(5, 7));
+    const Vec<float> twos = (Vec<float>)_mm512_unpacklo_pd(even, odd) + (Vec<float>)_mm512_unpackhi_pd(even, odd);
+    const Vec<float> ones = twos + (Vec<float>)_mm512_movehdup_ps((__m512)twos);
+    return (Eight<float>)_mm512_cvtepi64_epi32((__m512i)ones);  // those of even lanes
+#else
+    Eight<float> sums;
+    for (int i = 0; i < 8; ++i) sums[i] = sum_lanes_by_halves<float, kWidth<float>>(v[i]);
+    return sums;
+#endif
+}
+
+// ------------------------------------------------------------------------------- eight numbers, whatever a vector is
+
+NK_INLINE Eight<float> narrowed(Eight<double> v) { return __builtin_convertvector(v, Eight<float>); }
+NK_INLINE Eight<double> widened(Eight<float> v) { return __builtin_convertvector(v, Eight<double>); }
+
+NK_INLINE Eight<double> square_roots(Eight<double> v) {
+#if defined(__AVX512F__)
+    return (Eight<double>)_mm512_sqrt_pd((__m512d)v);
+#else
+    for (int i = 0; i < 8; ++i) v[i] = __builtin_sqrt(v[i]);
+    return v;
+#endif
+}
+
+// Of a comparison.
+NK_INLINE bool all_of(Eight<std::int64_t> mask) {
+#if defined(__AVX512DQ__)
+    return _mm512_movepi64_mask((__m512i)mask) == 0xff;
+#else
+    std::int64_t all = -1;
+    for (int i = 0; i < 8; ++i) all &= mask[i];
+    return all != 0;
+#endif
 }
 
 }  // namespace

@@ -193,6 +193,23 @@ void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided 
 }
 
 template <class X>
+index_t forward_in_eights(const KernelPair<X>& k, const ApplyTo<X>& t, bool center, double eps, double* mean,
+                          double* rstd, double* M2) {
+    using T = Compute<X>;
+    Strided w = t.w, b = t.b;
+    const bool w_lane = !(per_row<T>(w, t.lanes) && per_row<T>(b, t.lanes));
+    if (w_lane) {
+        if (w.p == one<T>().p) w.lane = sizeof(T);
+        if (b.p == zero<T>().p) b.lane = sizeof(T);
+        if (!contiguous<T>(w, t.lanes) || !contiguous<T>(b, t.lanes)) return 0;
+    }
+    if (t.lanes > kMostOfEight || !contiguous<X>(t.x, t.lanes) || !contiguous<X>(t.y, t.lanes)) return 0;
+    static_assert(kMostOfEight <= kConstantLanes<T>);
+    return k.direct.forward_in_eights(
+        {in(t.x), in(w), in(b), out_of(t.y), t.rows, t.lanes, w_lane, center, t.stream, t.far, eps, mean, rstd, M2});
+}
+
+template <class X>
 bool backward_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx,
                    const TileStatistics<Compute<X>>& s, index_t rows, index_t lanes, double* sum_g, double* sum_g_xhat,
                    bool stream, bool far, bool center, Compute<X>* mean_g, Compute<X>* mean_g_xhat) {
@@ -205,6 +222,20 @@ bool backward_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Str
     k.direct.backward_rows({in(dy), in(x), in(w), out_of(dx), s, rows, lanes, stream, far, center, sum_g, sum_g_xhat,
                             mean_g, mean_g_xhat});
     return true;
+}
+
+template <class X>
+index_t backward_in_eights(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx, index_t rows,
+                           index_t lanes, const double* mean, const double* rstd, double* sum_g, double* sum_g_xhat,
+                           bool stream, bool far) {
+    using T = Compute<X>;
+    if (w.p == one<T>().p) w.lane = sizeof(T);
+    if (lanes > kMostOfEight / 2 || !contiguous<X>(dy, lanes) || !contiguous<X>(x, lanes) ||
+        !contiguous<X>(dx, lanes) || !contiguous<T>(w, lanes)) {
+        return 0;
+    }
+    return k.direct.backward_in_eights(
+        {in(dy), in(x), in(w), out_of(dx), rows, lanes, stream, far, mean, rstd, sum_g, sum_g_xhat});
 }
 
 template <class X>
@@ -329,8 +360,12 @@ template Strided zero<double>();
                                    Unwritten<X>*);                                                                     \
     template bool to_write_beside<X>(const ApplyTo<X>&, Unwritten<X>*);                                                \
     template void write_rest<X>(const KernelPair<X>&, const ApplyTo<X>&, Unwritten<X>*);                               \
+    template index_t forward_in_eights<X>(const KernelPair<X>&, const ApplyTo<X>&, bool, double, double*, double*,     \
+                                          double*);                                                                    \
     template bool backward_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&, \
                                    index_t, index_t, double*, double*, bool, bool, bool, T*, T*);                      \
+    template index_t backward_in_eights<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, index_t, index_t, \
+                                           const double*, const double*, double*, double*, bool, bool);                \
     template void moments_down<X>(const KernelPair<X>&, Strided, const T*, index_t, index_t, index_t, bool, bool,      \
                                   double*, double*);
 NORMKIT_FOR_DTYPES(NORMKIT_INSTANTIATE)

@@ -63,6 +63,16 @@ template <class X>
 void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx, const TileStatistics<Compute<X>>& s,
               index_t rows, index_t lanes, double* sum_g, double* sum_g_xhat, bool stream);
 
+// The kernels on rows as they lie; they return how many have been done, 0 where they can't. Forward, t.s is what they
+// find out.
+template <class X>
+index_t forward_in_eights(const KernelPair<X>& k, const ApplyTo<X>& t, bool center, double eps, double* mean,
+                          double* rstd, double* M2);
+template <class X>
+index_t backward_in_eights(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx, index_t rows,
+                           index_t lanes, const double* mean, const double* rstd, double* sum_g, double* sum_g_xhat,
+                           bool stream, bool far);
+
 // k.backward_rows on rows as they lie. False, and nothing done, where the kernels can't.
 template <class X>
 bool backward_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx,
