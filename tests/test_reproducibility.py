@@ -186,7 +186,7 @@ def test_same_bits_wherever_results_lie(rng, dtype, lanes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lanes", [50, 129, 256, 391, 1000, 2049, 4100])
+@pytest.mark.parametrize("lanes", [50, 64, 128, 129, 256, 391, 1000, 2049, 4100])
 @pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
 def test_same_bits_wherever_rows_lie(rng, norm, lanes, dtype):
     """Rows and images that begin and end within a vector are put together across their ends, in every kind of pass.

@@ -253,30 +253,44 @@ class ColumnsForward {
         const Offsets at = units_.at(u);
         const index_t lanes = plan_.merge.extent;
         const double rows = static_cast<double>(blocks_.rows);
-        for (index_t i = 0; lanes > 1 && i < u.sets; ++i) {
-            const Moments m = merged(rows, mean + i * lanes, M2 + i * lanes);
-            mean[i] = m.mean;
-            M2[i] = m.M2;
+        if (lanes > 1) {
+            index_t i = 0;
+            for (; u.sets - i >= kMergedAtOnce; i += kMergedAtOnce) merge_lanes<kMergedAtOnce>(rows, i, mean, M2);
+            for (; i < u.sets; ++i) merge_lanes<1>(rows, i, mean, M2);
         }
         finish_sets<X>(call_, set_, call_.x + at[kX], plan_.lane.stride[kX], plan_.center,
                        rows * static_cast<double>(lanes), mean, M2, u.sets, at[kStatistic],
                        plan_.lane.stride[kStatistic], statistics_, units_.set(u));
     }
 
-    // Moments::merge of lanes of equal counts, so far `apart`, all at once: the divisions of one after the other cost
-    // more than the rows.
-    Moments merged(double count, const double* mean, const double* M2) const {
+    // Moments::merge of the lanes of N sets from `first` on, each of `count` elements, all at once: the divisions of
+    // one after the other cost more than the rows. Several sets, because an addition waits for the one before. To entry
+    // i of set i: there, all have been read.
+    static constexpr int kMergedAtOnce = 4;
+    template <int N>
+    void merge_lanes(double count, index_t first, double* mean, double* M2) const {
         const index_t lanes = plan_.merge.extent;
-        Moments m{count * static_cast<double>(lanes), mean[0], M2[0]};
-        for (index_t j = 1; j < lanes; ++j) {
-            m.mean += mean[j];
-            m.M2 += M2[j];
+        const double *const means = mean + first * lanes, *const M2s = M2 + first * lanes;
+        double all_mean[N], all_M2[N], between[N] = {};
+        for (int k = 0; k < N; ++k) {
+            all_mean[k] = means[k * lanes];
+            all_M2[k] = M2s[k * lanes];
         }
-        m.mean /= static_cast<double>(lanes);
-        double between = 0;
-        for (index_t j = 0; j < lanes; ++j) between += (mean[j] - m.mean) * (mean[j] - m.mean);
-        m.M2 += count * between;
-        return m;
+        for (index_t j = 1; j < lanes; ++j) {
+            for (int k = 0; k < N; ++k) all_mean[k] += means[k * lanes + j];
+            for (int k = 0; k < N; ++k) all_M2[k] += M2s[k * lanes + j];
+        }
+        for (int k = 0; k < N; ++k) all_mean[k] /= static_cast<double>(lanes);
+        for (index_t j = 0; j < lanes; ++j) {
+            for (int k = 0; k < N; ++k) {
+                const double delta = means[k * lanes + j] - all_mean[k];
+                between[k] += delta * delta;
+            }
+        }
+        for (int k = 0; k < N; ++k) {
+            mean[first + k] = all_mean[k];
+            M2[first + k] = all_M2[k] + count * between[k];
+        }
     }
 
     void apply_tile(const Unit& u, const Tiles& tiles, index_t t) const {
@@ -378,11 +392,12 @@ class ColumnsBackward {
         if (!wants_cells) return;
         for (index_t i = 0; i < n; ++i) {
             const Unit u = units_[i];
-            const index_t at = units_.at(u)[kGradient];
-            for (index_t l = 0; l < u.lanes; ++l) {
-                const index_t p = at + l / plan_.merge.extent * plan_.lane.stride[kGradient] +
-                                  l % plan_.merge.extent * plan_.merge.stride[kGradient];
-                parameters_[p] += {part(i, 0)[l], part(i, 0)[most + l]};
+            const double *g = part(i, 0), *g_xhat = g + most;
+            for (index_t set = 0, first = units_.at(u)[kGradient]; set < u.sets; ++set) {
+                index_t at = first + set * plan_.lane.stride[kGradient];
+                for (index_t j = 0; j < plan_.merge.extent; ++j, at += plan_.merge.stride[kGradient]) {
+                    parameters_[at] += {*g++, *g_xhat++};
+                }
             }
         }
         write_parameters(call_, 0, call_.parameters, parameters_.get());
@@ -457,19 +472,26 @@ class ColumnsBackward {
     }
 
     void finish(const Unit& u, const double* sum_g, const double* sum_g_xhat) {
-        const Offsets at = units_.at(u);
+        if (!call_.weight || !rows_share_parameters_) {
+            return finish_with(u, sum_g, sum_g_xhat, [](index_t) { return 1.0; });
+        }
+        const char* const weight = call_.weight + units_.at(u)[kWeight];
+        with_dtype(call_.weight_dtype, [&](auto w) {  // asked for once, and not for each lane
+            finish_with(u, sum_g, sum_g_xhat,
+                        [&](index_t at) { return double{static_cast<T>(to_double(read<decltype(w)>(weight + at)))}; });
+        });
+    }
+
+    template <class WeightAt>
+    void finish_with(const Unit& u, const double* sum_g, const double* sum_g_xhat, WeightAt weight_at) {
         const double count = static_cast<double>(plan_.set_size);
         for (index_t i = 0; i < u.sets; ++i) {
             Sums sums;
-            for (index_t j = 0; j < plan_.merge.extent; ++j) {
-                const index_t l = i * plan_.merge.extent + j;
-                double w = 1;
-                if (call_.weight && rows_share_parameters_) {
-                    const index_t offset = i * plan_.lane.stride[kWeight] + j * plan_.merge.stride[kWeight];
-                    w = static_cast<T>(read_double(call_.weight + at[kWeight] + offset, call_.weight_dtype));
-                }
-                sums.g += w * sum_g[l];
-                sums.g_xhat += w * sum_g_xhat[l];
+            index_t at = i * plan_.lane.stride[kWeight];
+            for (index_t j = 0; j < plan_.merge.extent; ++j, at += plan_.merge.stride[kWeight]) {
+                const double w = weight_at(at);
+                sums.g += w * *sum_g++;
+                sums.g_xhat += w * *sum_g_xhat++;
             }
             statistics_.put_sums(units_.set(u) + i, plan_.center ? sums.g / count : 0, sums.g_xhat / count);
         }

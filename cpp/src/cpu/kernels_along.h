@@ -732,6 +732,17 @@ NK_INLINE void put([[maybe_unused]] Seam& seam, char* p, Vec<X> v, int n) {
     put<X, Stream>(p, v, n);
 }
 
+// The same where rows are whole vectors.
+template <class X, bool Stream>
+NK_INLINE void put(Joined<X>& joined, char*, Vec<X> v, int) {
+    static_assert(Stream);
+    joined.put(v);
+}
+template <class X>
+NK_INLINE void finish(Joined<X>& joined) {
+    joined.finish();
+}
+
 // f(whether rows are stored past the caches, as a constant), by kernels that put rows without gaps together (Seam).
 // Time with such stores over time without, rows 16 bytes past a line, backward (one thread of a Zen 5): 64 lanes 1.2,
 // 128 0.75.
@@ -1115,7 +1126,7 @@ void dx_along(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows,
 
 // dx of a row, a few vectors at a time, and dy and dy * xhat added to what earlier rows have left in `sum`, `sum_xhat`.
 // Those are whole vectors; what comes into lanes beyond the row's last is never looked at.
-template <class X, bool Sum, bool Stream>
+template <class X, bool Sum, bool Stream, class Ends = Seam>
 struct WritingDx {
     using T = Compute<X>;
     static constexpr index_t kElements = kTurn;
@@ -1124,18 +1135,18 @@ struct WritingDx {
     char* dx = nullptr;
     T *sum = nullptr, *sum_xhat = nullptr;
     bool far;
-    Seam& seam;
+    Ends& ends;
     Vec<X> hi, lo, rstd, e, c;
 
-    NK_INLINE WritingDx(const BackwardRows<T>& all, index_t r, T* sums, T* sums_xhat, Seam& last)
-        : WritingDx(all, r, all.s, r * all.s.row, sums, sums_xhat, last) {}
+    NK_INLINE WritingDx(const BackwardRows<T>& all, index_t r, T* sums, T* sums_xhat, Ends& of_rows)
+        : WritingDx(all, r, all.s, r * all.s.row, sums, sums_xhat, of_rows) {}
     NK_INLINE WritingDx(const BackwardRows<T>& all, index_t r, const Statistics<T>& s, index_t i, T* sums, T* sums_xhat,
-                        Seam& last)
+                        Ends& of_rows)
         : WritingDx(all, r, {s.hi[i], s.lo[i], s.rstd[i], 1},
-                    dx_terms<T>(s.lo[i], s.rstd[i], s.mean_g[i], s.mean_g_xhat[i]), sums, sums_xhat, last) {}
+                    dx_terms<T>(s.lo[i], s.rstd[i], s.mean_g[i], s.mean_g_xhat[i]), sums, sums_xhat, of_rows) {}
     // all: BackwardRows or BackwardEights.
     template <class All>
-    NK_INLINE WritingDx(const All& all, index_t r, Split<T> s, DxTerms<T> terms, T* sums, T* sums_xhat, Seam& last)
+    NK_INLINE WritingDx(const All& all, index_t r, Split<T> s, DxTerms<T> terms, T* sums, T* sums_xhat, Ends& of_rows)
         : lanes(all.lanes),
           dy(all.dy.at(r)),
           x(all.x.at(r)),
@@ -1144,13 +1155,13 @@ struct WritingDx {
           sum(sums),
           sum_xhat(sums_xhat),
           far(all.far),
-          seam(last),
+          ends(of_rows),
           hi(splat<X>(s.hi)),
           lo(splat<X>(s.lo)),
           rstd(splat<X>(s.rstd)),
           e(splat<X>(terms.e)),
           c(splat<X>(terms.c)) {
-        if constexpr (Stream) {
+        if constexpr (Stream && std::is_same_v<Ends, Seam>) {
             const index_t head = head_of_row<X>(dx, lanes);
             if (head > 0) vector(static_cast<int>(head));
         }
@@ -1163,7 +1174,7 @@ struct WritingDx {
         const Vec<X> dyv = load_rest<X>(dy + bytes<X>(lane), n);
         const Vec<X> d = load_rest<X>(x + bytes<X>(lane), n) - hi;
         const Vec<X> a = rstd * load_rest<T>(w + bytes<T>(lane), n);
-        put<X, Stream>(seam, dx + bytes<X>(lane), dx_of<Vec<X>>(dyv, d, rstd, a, e, c), n);
+        put<X, Stream>(ends, dx + bytes<X>(lane), dx_of<Vec<X>>(dyv, d, rstd, a, e, c), n);
         if constexpr (Sum) {
             const Vec<X> xhat = (kLoose ? d : d - lo) * rstd;
             add(sum, n < kWidth<X> ? keep_first<T>(dyv, n) : dyv);

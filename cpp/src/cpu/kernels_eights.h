@@ -38,19 +38,41 @@ NK_INLINE void align(In& p, index_t lanes, T* copy) {
 }
 constexpr index_t kWorthAligning = 4 * kEight;  // rows
 
-// Whether rows are whole vectors, and begin on a line.
+// How results are stored.
+enum class Stores { cached, lines, joined };
+
+// Past the caches where rows are whole vectors that begin on a line, or that follow each other without gaps.
 template <class X>
-NK_INLINE bool whole_lines(Out y, index_t lanes) {
+NK_INLINE Stores stores_of(bool stream, Out y, index_t lanes) {
     constexpr index_t kLine = 64;
-    return reinterpret_cast<std::uintptr_t>(y.p) % kLine == 0 && y.row % kLine == 0 && lanes % kWidth<X> == 0;
+    const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p));
+    if (!stream || lanes % kWidth<X> != 0) return Stores::cached;
+    if (past % kLine == 0 && y.row % kLine == 0) return Stores::lines;
+    return kCanJoin && past % sizeof(X) == 0 && y.row == bytes<X>(lanes) ? Stores::joined : Stores::cached;
 }
 
-NK_INLINE Eight<double> load_eight(const double* p) {
-    Eight<double> v;
-    __builtin_memcpy(&v, p, sizeof v);
-    return v;
+// f(how, as a constant)
+template <class X, class F>
+NK_INLINE auto with_stores(bool stream, Out y, index_t lanes, F f) {
+    const Stores how = stores_of<X>(stream, y, lanes);
+    if (how == Stores::lines) return f(std::integral_constant<Stores, Stores::lines>{});
+    if constexpr (kCanJoin) {
+        if (how == Stores::joined) return f(std::integral_constant<Stores, Stores::joined>{});
+    }
+    return f(std::integral_constant<Stores, Stores::cached>{});
 }
-NK_INLINE void store_eight(double* p, const Eight<double>& v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// What the ends of rows have in common.
+template <class X, Stores How>
+using EndsOf = std::conditional_t<How == Stores::joined, Joined<X>, Seam>;
+template <class X, Stores How>
+NK_INLINE EndsOf<X, How> ends_of(Out y) {
+    if constexpr (How == Stores::joined) {
+        return Joined<X>(y.p);
+    } else {
+        return {};
+    }
+}
 
 // The two parts of eight means, as normkit::split makes them.
 template <class T>
@@ -96,16 +118,17 @@ struct EightForward {
             split = MeansOfEight<T>(mean);
             centred = all_of((widened(split.hi) != 0.0) | (widened(split.lo) != 0.0));
         }
-        if (all.mean) store_eight(all.mean + r, 0.0 + mean);
-        if (all.rstd) store_eight(all.rstd + r, exact);
-        if (all.M2) store_eight(all.M2 + r, M2);
+        if (all.mean) store_eight<double>(all.mean + r, 0.0 + mean);
+        if (all.rstd) store_eight<double>(all.rstd + r, exact);
+        if (all.M2) store_eight<double>(all.M2 + r, M2);
         return true;
     }
 };
 
 // A row of y. Centred: as in apply_rows.
-template <class X, bool WLane, bool Stream, bool Centred>
-NK_INLINE void write_row(const char* x, const char* w, const char* b, char* y, index_t lanes, Split<Compute<X>> s) {
+template <class X, bool WLane, bool Stream, bool Centred, class Ends>
+NK_INLINE void write_row(const char* x, const char* w, const char* b, char* y, index_t lanes, Split<Compute<X>> s,
+                         Ends& ends) {
     using T = Compute<X>;
     const Vec<X> hi = splat<X>(s.hi), lo = splat<X>(s.lo), rstd = splat<X>(s.rstd);
     Vec<X> a = {}, c = {};
@@ -114,7 +137,7 @@ NK_INLINE void write_row(const char* x, const char* w, const char* b, char* y, i
         a = splat<X>(terms.a);
         c = splat<X>(terms.c);
     }
-    const auto vector = [=](index_t lane, int n) NK_INLINE_LAMBDA {
+    const auto vector = [&](index_t lane, int n) NK_INLINE_LAMBDA {
         Vec<X> d = load_rest<X>(x + bytes<X>(lane), n), av = a, cv = c;
         if constexpr (Centred) d -= hi;
         if constexpr (WLane) {
@@ -122,7 +145,7 @@ NK_INLINE void write_row(const char* x, const char* w, const char* b, char* y, i
             cv = load_rest<T>(b + bytes<T>(lane), n);
             if constexpr (Centred) cv = bias_term<Vec<X>>(av, lo, cv);
         }
-        put<X, Stream>(y + bytes<X>(lane), d * av + cv, n);
+        put<X, Stream>(ends, y + bytes<X>(lane), d * av + cv, n);
     };
     constexpr int kUnroll = 4;
     index_t lane = 0;
@@ -134,7 +157,7 @@ NK_INLINE void write_row(const char* x, const char* w, const char* b, char* y, i
     if (lane < lanes) vector(lane, static_cast<int>(lanes - lane));
 }
 
-template <class X, bool Center, bool WLane, bool Stream>
+template <class X, bool Center, bool WLane, Stores How>
 index_t forward_in_eights_as(const ForwardEights<Compute<X>>& of) {
     using T = Compute<X>;
     ForwardEights<T> all = of;
@@ -150,6 +173,8 @@ index_t forward_in_eights_as(const ForwardEights<Compute<X>>& of) {
     Vec<double> sums[kEight];
     Vec<X> squares[kEight];
     EightForward<T> in_hand[4];
+    auto ends = ends_of<X, How>(all.y);
+    constexpr bool kStream = How != Stores::cached;
 
     const char *x_next = all.x.p, *x_now = x_next, *x_last = x_next, *w = all.w.p, *b = all.b.p;
     char* y = all.y.p;
@@ -170,9 +195,9 @@ index_t forward_in_eights_as(const ForwardEights<Compute<X>>& of) {
     const auto write = [&](int j, const EightForward<T>& e) NK_INLINE_LAMBDA {
         const Split<T> s{e.split.hi[j], e.split.lo[j], e.rstd[j], 1};
         if (Center && (e.centred || s.hi != 0 || s.lo != 0)) {
-            write_row<X, WLane, Stream, true>(x_last, w, b, y, lanes, s);
+            write_row<X, WLane, kStream, true>(x_last, w, b, y, lanes, s, ends);
         } else {
-            write_row<X, WLane, Stream, false>(x_last, w, b, y, lanes, s);
+            write_row<X, WLane, kStream, false>(x_last, w, b, y, lanes, s, ends);
         }
         x_last += all.x.row;
         y += all.y.row;
@@ -192,11 +217,15 @@ index_t forward_in_eights_as(const ForwardEights<Compute<X>>& of) {
         }
         if (i >= 1 && i <= eights) {
             const index_t r = (i - 1) * kEight;
-            if (!last.template find_rstd<Center>(count, all, r)) return r;
+            if (!last.template find_rstd<Center>(count, all, r)) {
+                finish<X>(ends);
+                return r;
+            }
         }
         if (squaring) now.template find_variances<Center>(lanes_by_halves(squares), count);
         if (adds) next.find_means(lanes_by_halves(sums), count);
     }
+    finish<X>(ends);
     return eights * kEight;
 }
 
@@ -205,16 +234,13 @@ index_t forward_in_eights(const ForwardEights<Compute<X>>& all) {
     if constexpr (kAboutOrigin<X>) {
         return 0;
     } else {
-        const bool streams = all.stream && whole_lines<X>(all.y, all.lanes);
-        const auto pick = [&](auto center, auto w_lane) {
-            return streams ? forward_in_eights_as<X, center, w_lane, true>
-                           : forward_in_eights_as<X, center, w_lane, false>;
-        };
-        constexpr std::true_type yes;
-        constexpr std::false_type no;
-        const auto kernel =
-            all.center ? (all.w_lane ? pick(yes, yes) : pick(yes, no)) : (all.w_lane ? pick(no, yes) : pick(no, no));
-        return kernel(all);
+        return with_stores<X>(all.stream, all.y, all.lanes, [&](auto how) {
+            const auto kernel = all.center ? (all.w_lane ? forward_in_eights_as<X, true, true, how>
+                                                         : forward_in_eights_as<X, true, false, how>)
+                                           : (all.w_lane ? forward_in_eights_as<X, false, true, how>
+                                                         : forward_in_eights_as<X, false, false, how>);
+            return kernel(all);
+        });
     }
 }
 
@@ -237,7 +263,7 @@ struct EightBackward {
     }
 };
 
-template <class X, bool Center, bool Sum, bool Stream>
+template <class X, bool Center, bool Sum, Stores How>
 index_t backward_in_eights_as(const BackwardEights& of) {
     using T = Compute<X>;
     constexpr index_t kMost = kMostOfEight / 2;
@@ -252,7 +278,7 @@ index_t backward_in_eights_as(const BackwardEights& of) {
     const Adder<T> plus;
     Vec<X> sums_g[kEight], sums_d[kEight];
     EightBackward<T> in_hand[2];
-    Seam unused;
+    auto ends = ends_of<X, How>(all.dx);
 
     constexpr index_t kInChain = kSumRows / kEight;  // eights that are added up, lane by lane, in one chain
     static_assert(kSumRows % kEight == 0);
@@ -285,8 +311,8 @@ index_t backward_in_eights_as(const BackwardEights& of) {
                 continue;
             }
             const Split<T> s{now.mean.hi[j], now.mean.lo[j], now.rstd[j], 1};
-            WritingDx<X, Sum, Stream> writing(all, r + j, s, DxTerms<T>{now.terms.e[j], now.terms.c[j]}, sum, sum_xhat,
-                                              unused);
+            WritingDx<X, Sum, How != Stores::cached, EndsOf<X, How>> writing(
+                all, r + j, s, DxTerms<T>{now.terms.e[j], now.terms.c[j]}, sum, sum_xhat, ends);
             if (adds) add_up(writing);
             writing.rest();
         }
@@ -297,6 +323,7 @@ index_t backward_in_eights_as(const BackwardEights& of) {
             clear();
         }
     }
+    finish<X>(ends);
     return eights * kEight;
 }
 
@@ -305,15 +332,13 @@ index_t backward_in_eights(const BackwardEights& all) {
     if constexpr (kAboutOrigin<X>) {
         return 0;
     } else {
-        const bool streams = all.stream && whole_lines<X>(all.dx, all.lanes);
-        const auto pick = [&](auto center, auto sum) {
-            return streams ? backward_in_eights_as<X, center, sum, true> : backward_in_eights_as<X, center, sum, false>;
-        };
-        constexpr std::true_type yes;
-        constexpr std::false_type no;
-        const auto kernel =
-            all.mean ? (all.sum_g ? pick(yes, yes) : pick(yes, no)) : (all.sum_g ? pick(no, yes) : pick(no, no));
-        return kernel(all);
+        return with_stores<X>(all.stream, all.dx, all.lanes, [&](auto how) {
+            const auto kernel = all.mean ? (all.sum_g ? backward_in_eights_as<X, true, true, how>
+                                                      : backward_in_eights_as<X, true, false, how>)
+                                         : (all.sum_g ? backward_in_eights_as<X, false, true, how>
+                                                      : backward_in_eights_as<X, false, false, how>);
+            return kernel(all);
+        });
     }
 }
 

@@ -166,8 +166,7 @@ NK_INLINE void store(char* p, Vec<X> v) {
 
 // Requires p aligned to kMemoryBytes<X>.
 template <class X>
-NK_INLINE void stream(char* p, Vec<X> v) {
-    const Raw<X> raw = encoded<X>(v);
+NK_INLINE void stream_raw(char* p, Raw<X> raw) {
 #if defined(__SSE2__)
     if constexpr (sizeof raw == 8) {
         long long bits;
@@ -192,6 +191,10 @@ NK_INLINE void stream(char* p, Vec<X> v) {
     }
 #endif
     __builtin_memcpy(p, &raw, sizeof raw);
+}
+template <class X>
+NK_INLINE void stream(char* p, Vec<X> v) {
+    stream_raw<X>(p, encoded<X>(v));
 }
 
 // The first n lanes, 0 < n < kWidth<X>; no byte beyond them is touched. The other lanes of a load are zero.
@@ -236,6 +239,67 @@ NK_INLINE void store_first(char* p, Vec<X> v, int n) {
     }
 #endif
 }
+
+// Whole vectors that follow each other in memory, past the caches, wherever they begin: what one has beyond a boundary
+// waits for the next, and they are joined by a shuffle. Other instruction sets have no shuffle that is told how far.
+#if defined(__AVX512BW__)
+constexpr bool kCanJoin = true;
+
+template <class X>
+class Joined {
+  public:
+    NK_INLINE explicit Joined(char* p)
+        : ahead_(static_cast<int>(reinterpret_cast<std::uintptr_t>(p) % kMemoryBytes<X> / sizeof(X))),
+          to_(p - ahead_ * static_cast<int>(sizeof(X))) {
+        // Of two vectors side by side, from `ahead` lanes before the second on.
+        constexpr int W = kWidth<X>;
+        using Number = std::conditional_t<sizeof(X) == 2, std::uint16_t, std::uint32_t>;
+        Number lanes[W];
+        for (int i = 0; i < W; ++i) lanes[i] = static_cast<Number>(W - ahead_ + i);
+        __builtin_memcpy(&from_, lanes, sizeof from_);
+    }
+    NK_INLINE void put(Vec<X> v) {
+        const Raw<X> now = encoded<X>(v), line = joined(now);
+        if (begun_) {
+            stream_raw<X>(to_, line);
+        } else if constexpr (sizeof(X) == 2) {
+            _mm256_mask_storeu_epi16(to_, static_cast<__mmask16>(~0u << ahead_), (__m256i)line);
+        } else {
+            _mm512_mask_storeu_ps(to_, static_cast<__mmask16>(~0u << ahead_), (__m512)line);
+        }
+        begun_ = true;
+        last_ = now;
+        to_ += kMemoryBytes<X>;
+    }
+    NK_INLINE void finish() {
+        const Raw<X> line = joined(last_);
+        if (begun_) __builtin_memcpy(to_, &line, static_cast<std::size_t>(ahead_) * sizeof(X));
+    }
+
+  private:
+    NK_INLINE Raw<X> joined(Raw<X> now) const {
+        if constexpr (sizeof(X) == 2) {
+            return (Raw<X>)_mm256_permutex2var_epi16((__m256i)last_, (__m256i)from_, (__m256i)now);
+        } else {
+            return (Raw<X>)_mm512_permutex2var_ps((__m512)last_, (__m512i)from_, (__m512)now);
+        }
+    }
+
+    const int ahead_;  // elements of the vector before in each vector of memory
+    char* to_;
+    Raw<X> from_, last_ = {};
+    bool begun_ = false;
+};
+#else
+constexpr bool kCanJoin = false;
+
+template <class X>
+struct Joined {
+    explicit Joined(char*) {}
+    void put(Vec<X>) {}
+    void finish() {}
+};
+#endif
 
 // A vector's lanes as doubles: the first half of them, then the second. For double it is the vector itself.
 template <class T>
@@ -436,8 +500,32 @@ NK_INLINE Eight<float> lanes_by_halves(const Vec<float> (&v)[8]) {
 
 // ------------------------------------------------------------------------------- eight numbers, whatever a vector is
 
-NK_INLINE Eight<float> narrowed(Eight<double> v) { return __builtin_convertvector(v, Eight<float>); }
-NK_INLINE Eight<double> widened(Eight<float> v) { return __builtin_convertvector(v, Eight<double>); }
+// Intrinsics, because GCC 12 converts halves and joins them.
+NK_INLINE Eight<float> narrowed(Eight<double> v) {
+#if defined(__AVX512F__)
+    return (Eight<float>)_mm512_cvtpd_ps((__m512d)v);
+#else
+    return __builtin_convertvector(v, Eight<float>);
+#endif
+}
+NK_INLINE Eight<double> widened(Eight<float> v) {
+#if defined(__AVX512F__)
+    return (Eight<double>)_mm512_cvtps_pd((__m256)v);
+#else
+    return __builtin_convertvector(v, Eight<double>);
+#endif
+}
+
+template <class T>
+NK_INLINE Eight<T> load_eight(const T* p) {
+    Eight<T> v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class T>
+NK_INLINE void store_eight(T* p, const Eight<T>& v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
 
 NK_INLINE Eight<double> square_roots(Eight<double> v) {
 #if defined(__AVX512F__)
