@@ -235,41 +235,66 @@ def test_same_bits_wherever_rows_lie(rng, norm, lanes, dtype):
 @pytest.mark.parametrize("norm", ["layer", "rms", "instance"])
 def test_short_rows_in_eights(rng, norm, lanes, dtype):
     """Eight rows at a time, as one by one; among them such as no eight can have: constant, tiny, huge, not finite."""
-    dtype, rows = np.dtype(dtype), 83
+    dtype, rows = np.dtype(dtype), 403
+    wide = dtype.name in ("float32", "bfloat16", "float64")
     x, dy = (random(rng, (rows, lanes), dtype=dtype.name) for _ in range(2))
-    x[3] = x[27] = 0
-    x[4, : lanes // 2] = -x[4, -(lanes // 2) :]
-    x[22] *= np.array(2.0**-120 if dtype.name in ("float32", "bfloat16", "float64") else 2.0**-14, dtype)
-    x[40, -1], x[41, 0] = np.inf, np.nan
-    x[62] = np.array(3e38 if dtype.name in ("float32", "bfloat16", "float64") else 6e4, dtype)
+    x[3] = x[290] = 0
+    x[60:70, : lanes // 2] = -x[60:70, -(lanes // 2) :]
+    x[140] *= np.array(2.0**-120 if wide else 2.0**-14, dtype)
+    x[141, -1], x[230, 0] = np.inf, np.nan
+    x[231] = np.array(3e38 if wide else 6e4, dtype)
     of = (rows,) if norm == "instance" else (lanes,)
     weight, bias = (random(rng, of, dtype=dtype.name) for _ in range(2))
-    running = [np.zeros(rows, np.float32), np.ones(rows, np.float32)]
 
-    def run():
+    def run(past):
+        """Into outputs that begin so many elements past a line."""
+        outs = []
+        for _ in range(2):
+            memory = np.empty(x.nbytes + 128, np.uint8)
+            first = -memory.ctypes.data % 64 + past * dtype.itemsize
+            outs.append(memory[first : first + x.nbytes].view(dtype).reshape(x.shape))
         if norm == "instance":
-            images, given = x.reshape(1, rows, lanes), [a.copy() for a in running]
-            results = nk.instance_norm_forward(images, *given, weight, bias, eps=0.0)
-            results, more = (results[0].reshape(rows, lanes), *results[1:]), given
+            running = [np.zeros(rows, np.float32), np.ones(rows, np.float32)]
+            images, out = (a.reshape(1, rows, lanes) for a in (x, outs[0]))
+            results = [*nk.instance_norm_forward(images, *running, weight, bias, eps=0.0, out=out)[1:], *running]
         else:
-            forward = getattr(nk, f"{norm}_norm_forward")
-            results, more = forward(x, lanes, weight, *((bias,) if norm == "layer" else ()), eps=0.0), []
-        paths = [_debug.last_path()]
+            forward, backward = (getattr(nk, f"{norm}_norm_{name}") for name in ("forward", "backward"))
+            biases = (bias,) if norm == "layer" else ()
+            results = [*forward(x, lanes, weight, *biases, eps=0.0, out=outs[0])[1:]]
+        in_eights = [_debug.last_path()["in_eights"]]
         if norm != "instance":
-            more += getattr(nk, f"{norm}_norm_backward")(dy, x, *results[1:], lanes, weight)
-            paths.append(_debug.last_path())
-        return [a for a in (*results, *more) if a is not None], [path["in_eights"] for path in paths]
+            results += [a for a in backward(dy, x, *results, lanes, weight, out=outs[1])[1:] if a is not None]
+            in_eights.append(_debug.last_path()["in_eights"])
+        return [*outs[: len(in_eights)], *results], in_eights
 
-    with np.errstate(all="ignore"), _debug.force(isa=_debug.isas()[0], by_row=False, stream=False):
-        expected, in_eights = run()
+    with np.errstate(all="ignore"), _debug.force(isa=_debug.isas()[0], by_row=False, stream=False, threads=1):
+        expected, in_eights = run(0)
     assert not any(in_eights)
-    for isa, threads, stream in product(_debug.isas(), (1, 3), (False, True)):
+    for isa, threads, stream, past in product(_debug.isas(), (1, 3), (False, True), (0, 1)):
         with np.errstate(all="ignore"), _debug.force(isa=isa, threads=threads, stream=stream, split=False):
-            results, in_eights = run()
+            results, in_eights = run(past)
         same(results, expected)
         most = 512 // dtype.itemsize * 2 if stream else 1024  # of elements forward; backward half as many
         for arrays, one in enumerate(in_eights, start=1):
             assert one is (dtype.itemsize < 8 and lanes * arrays <= most)
+
+
+def test_in_eights_is_said_only_where_it_is(rng):
+    """Where rows lie side by side, and enough of them; axes that are one in memory are taken for one."""
+
+    def in_eights(call, *shape):
+        call(rng.standard_normal(shape).astype(np.float32))
+        return _debug.last_path()["in_eights"]
+
+    assert in_eights(lambda x: nk.layer_norm(x, 64), 16, 64)
+    assert in_eights(lambda x: nk.layer_norm(x, 64), 2, 3, 4, 64)
+    assert not in_eights(lambda x: nk.layer_norm(x, 64), 15, 64)
+    assert not in_eights(lambda x: nk.layer_norm(x.transpose(1, 0, 2), 64), 20, 30, 64)
+    assert in_eights(nk.instance_norm, 20, 15, 7, 7)
+    assert in_eights(lambda x: nk.instance_norm(x, weight=np.ones(16, np.float32)), 20, 16, 7, 7)
+    assert not in_eights(lambda x: nk.instance_norm(x, weight=np.ones(15, np.float32)), 20, 15, 7, 7)
+    assert in_eights(lambda x: nk.group_norm(x, 16), 2, 32, 4, 4)
+    assert not in_eights(lambda x: nk.group_norm(x, 16, np.ones(32, np.float32)), 2, 32, 4, 4)
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])

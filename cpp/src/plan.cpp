@@ -53,16 +53,17 @@ Plan make_plan(const Problem& problem) {
     const bool rows = run_begin < axes.n && ((run >= kShortestRun && !channels) || !reduced_outside);
     plan.walk = rows ? Walk::rows : Walk::columns;
 
+    constexpr unsigned kAll = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);
     if (plan.walk == Walk::rows) {
         for (int i = 0; i < axes.n; ++i) {
             const Axis& a = axes.axis[i];
             (i >= run_begin ? plan.run : a.reduced ? plan.runs : plan.kept).push(a);
         }
+        plan.kept = collapse(plan.kept, kAll | bit(kStatistic) | bit(kSet));
         return plan;
     }
     // Lanes are the innermost kept axis as far as it is one for every operand; the short run inside it is merged. A
     // run of several axes that are not one in memory keeps its innermost axis; the others only change where a lane is.
-    constexpr unsigned kAll = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);
     Nest kept, merge;
     for (int i = 0; i < axes.n; ++i) {
         const Axis& a = axes.axis[i];

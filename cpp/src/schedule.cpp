@@ -102,6 +102,16 @@ bool can_go_by_row(const Plan& plan, index_t element, int arrays) {
     return lanes.stride[kGradient] != 0 && lanes.extent * std::max(element, index_t{sizeof(float)}) <= cpu::kMostSums;
 }
 
+// Whether sets are short rows for the kernels that have eight in hand. Those want them side by side, and their
+// statistics too; where few are, most would be left over.
+bool can_go_in_eights(const Plan& plan, index_t element, int arrays) {
+    constexpr unsigned kAll = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);
+    if (!set_is_row(plan) || element > 4 || plan.set_size * arrays > cpu::kMostOfEight) return false;
+    if (plan.kept.n == 0 || collapse(plan.run, kAll).n > 1) return false;
+    const Axis& next = plan.kept.inner();
+    return next.extent >= kSumRows && next.stride[kStatistic] == 1;
+}
+
 // Non-temporal stores want whole vectors, which elements between multiples of their size never are: one kernel goes on
 // from tile to tile.
 bool lies_on_elements(const Plan& plan, index_t element) {
@@ -144,8 +154,7 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
     const bool short_rows_pay = all >= far_bytes(Writes::beside, s.threads) || arrays > 1;
     const bool long_rows = plan.set_size * element >= (short_rows_pay ? kLeastRow : kLeastRowNear);
     const bool beyond_l2 = plan.total * element > l2_bytes() / 2 * s.threads;
-    const bool in_eights = set_is_row(plan) && element < 8 && plan.set_size * arrays <= cpu::kMostOfEight &&
-                           plan.sets >= (arrays > 1 ? index_t{kSumRows} : cpu::kEight);
+    const bool in_eights = can_go_in_eights(plan, element, arrays);
     const bool worth = in_eights || (beyond_l2 && (set_is_row(plan) ? long_rows : plan.run.size() >= kLeastRun));
     s.by_row = can_go_by_row(plan, element, arrays) && write && !given && s.resident && choose(forced.by_row, worth);
     const index_t row = plan.walk == Walk::rows ? plan.run.size() : plan.lane.extent * plan.merge.extent;

@@ -487,12 +487,25 @@ void apply_terms(In x, Out y, const Terms<X, 3>& terms, Bundle b, index_t rows) 
             }
         }
     });
-    // Where rows lie apart, the next one is asked for: it is a page or more away, where no hardware looks ahead (0.85
-    // of the time of batch norm 32 x 1024 x 14^2 in evaluation; nothing or less in a backward pass, which reads two).
     const bool apart = x.row != bytes<X>(lanes);
+    // In a cache two rows at a time, which read the terms once for both: 0.9 to 0.95 of the time of group norm 2 x 2560
+    // x 8^2 and 2 x 1280 x 16^2. Rows without gaps 1.0 to 1.1 times as long so.
+    for (; !Stream && apart && rows - r >= 2; r += 2) {
+        for_row<X>(b.lanes, b.head, [&](index_t l, int n) NK_INLINE_LAMBDA {
+            const Vec<X> mean = load_term<X>(hi + l, n), w = load_term<X>(a + l, n), bias = load_term<X>(c + l, n);
+#pragma GCC unroll 2
+            for (int k = 0; k < 2; ++k) {
+                const Vec<X> d = load_rest<X>(x.at(r + k) + bytes<X>(l), n) - mean;
+                put<X, Stream>(y.at(r + k) + bytes<X>(l), d * w + bias, n);
+            }
+        });
+    }
+    // From memory, where rows lie apart, the next one is asked for: it is a page or more away, where no hardware looks
+    // ahead (0.85 of the time of batch norm 32 x 1024 x 14^2 in evaluation; nothing or less in a backward pass, which
+    // reads two).
     for_bundles<X>(b, r, rows, [=](index_t row, index_t l, index_t t, int n) NK_INLINE_LAMBDA {
         const char* px = x.at(row) + bytes<X>(l);
-        if (Stream || apart) prefetch_far(apart ? px + b.rows * x.row : px + kAheadOfTerms);
+        if constexpr (Stream) prefetch_far(apart ? px + b.rows * x.row : px + kAheadOfTerms);
         const Vec<X> d = load_rest<X>(px, n) - load_term<X>(hi + t, n);
         put<X, Stream>(y.at(row) + bytes<X>(l), d * load_term<X>(a + t, n) + load_term<X>(c + t, n), n);
     });

@@ -231,7 +231,7 @@ index_t forward_in_eights_as(const ForwardEights<Compute<X>>& of) {
 
 template <class X>
 index_t forward_in_eights(const ForwardEights<Compute<X>>& all) {
-    if constexpr (kAboutOrigin<X>) {
+    if constexpr (kAboutOrigin<X> || kLoose) {
         return 0;
     } else {
         return with_stores<X>(all.stream, all.y, all.lanes, [&](auto how) {

@@ -157,6 +157,10 @@ struct SetPieces {
         const index_t bytes = plan.set_size * element;
         const index_t fair = schedule.threads > 1 ? sets / (4 * schedule.threads) : sets;
         per = schedule.by_row ? fair : kPieceBytes / bytes;
+        if (schedule.in_eights) {
+            per = std::max(fair - fair % kEight, index_t{kEight});
+            return;
+        }
         if (per < at_once) per = at_once;
         if (per > fair) per = fair;
         if (per > at_once) per -= per % at_once;

@@ -50,7 +50,7 @@ class RowsForward {
 
     void run() {
         if (schedule_.resident && !schedule_.split) {
-            const SetPieces pieces(plan_, sizeof(X), schedule_, come_in_eights() ? kEight : tiles_.at_once());
+            const SetPieces pieces(plan_, sizeof(X), schedule_, tiles_.at_once());
             parallel_for(pieces.count(), schedule_.threads,
                          [&](index_t i) { whole_sets(pieces.first(i), pieces.last(i)); });
         } else {
@@ -77,9 +77,8 @@ class RowsForward {
 
     void whole_sets(index_t first, index_t last) const {
         if (!schedule_.by_row) return in_turn(first, last);
-        if (elements_.n > 1) return whole_sets_beside(first, last);
-        if (come_in_eights()) return rows_in_eights(first, last);
-        rows_beside(first, last);
+        if (schedule_.in_eights) return rows_in_eights(first, last);
+        return elements_.n == 1 ? rows_beside(first, last) : whole_sets_beside(first, last);
     }
 
     void in_turn(index_t first, index_t last) const {
@@ -92,14 +91,12 @@ class RowsForward {
         }
     }
 
-    // Whether sets are rows so short that a kernel takes them eight at a time.
-    bool come_in_eights() const {
-        return schedule_.in_eights && elements_.n == 1 && tiles_.next.stride[kStatistic] == 1;
-    }
+    // Sets that are short rows, by a kernel that takes them eight at a time.
     void rows_in_eights(index_t first, index_t last) const {
         Tiles rows(elements_, 0);
         rows.rows = tiles_.next;
         const index_t most = kLongestPiece / plan_.set_size, extent = tiles_.next.extent;
+        constexpr index_t kFarEnough = 8 * kEight;
         index_t in_turn_then = kEight / 2;
         for (index_t set = first; set < last && !gives_up();) {
             const index_t n = std::min({last - set, extent - set % extent, most});
@@ -108,9 +105,9 @@ class RowsForward {
             const index_t done =
                 forward_in_eights(k_, tile_at(at, rows, {Offsets{}, n, rows.lanes.extent}, {}), plan_.center, call_.eps,
                                   from(call_.mean), from(call_.rstd), from(call_.M2));
-            // What the kernel leaves: less than eight, or eight of which some are not plain; where it does not get on,
-            // more and more.
-            in_turn_then = done > 0 ? index_t{kEight} : std::min(2 * in_turn_then, kSetsAtOnce);
+            // What the kernel leaves: less than eight, or eight of which some are not plain; where it does not get far,
+            // since it begins anew each time, more and more.
+            in_turn_then = done >= kFarEnough ? index_t{kEight} : std::min(2 * in_turn_then, kSetsAtOnce);
             const index_t others = std::min(n - done, in_turn_then);
             if (others > 0) in_turn(set + done, set + done + others);
             set += done + others;
