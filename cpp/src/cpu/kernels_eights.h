@@ -96,7 +96,7 @@ struct EightForward {
     Eight<double> mean = {}, M2, variance;
     Eight<T> pilot = {}, rstd;
     MeansOfEight<T> split;
-    bool centred;  // all of them (Applying)
+    bool centred;  // all of them, as in apply_along_rows
 
     NK_INLINE void find_means(Eight<double> sums, double count) {
         mean = (0.0 + sums) / count;
