@@ -47,7 +47,9 @@ constexpr index_t kNearSamples = index_t{16} << 20;
 // 0.75.
 constexpr index_t kLeastRow = 512, kLeastRowNear = 2048;
 
-// Bytes of the longest rows that come from memory eight at a time.
+// Bytes of a row, of all arrays that are read, beyond which it does not go eight at a time from memory: the rows in
+// hand leave L1 between their readings. Rms norm backward, rows of 256 float32: 135 ns in place of 66 (one thread of a
+// Zen 5).
 constexpr index_t kFarEights = 1024;
 
 // Elements of a row beyond which it is not in L2 any more when it is written.
