@@ -144,7 +144,14 @@ inline void write_doubles(char* to, Dtype dtype, index_t first, index_t stride, 
             std::memcpy(p + at * index_t{sizeof(E)}, &value, sizeof value);
         };
         if (stride == 1 && step == 1) {
-            for (index_t i = 0; i < n; ++i) write(i, i);
+            constexpr index_t kFew = 64;  // at a time, by way of a buffer: compilers make vectors of the loop
+            E few[kFew];
+            index_t i = 0;
+            for (; n - i >= kFew; i += kFew) {
+                for (index_t k = 0; k < kFew; ++k) from_double(v[i + k], &few[k]);
+                std::memcpy(p + i * index_t{sizeof(E)}, few, sizeof few);
+            }
+            for (; i < n; ++i) write(i, i);
         } else {
             for (index_t i = 0; i < n; ++i) write(i * step, i * stride);
         }
