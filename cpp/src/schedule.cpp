@@ -88,13 +88,14 @@ index_t l2_bytes() {
     return bytes;
 }
 
+constexpr unsigned kAll = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);
+
 bool set_is_row(const Plan& plan) { return plan.walk == Walk::rows && plan.runs.size() == 1; }
 
 // Whether sums of one set can be taken beside the writing of another. Kernels take contiguous rows: forward with
 // parameters that are one a row, or along rows that are sets; backward the latter only, of not too many bytes.
 bool can_go_by_row(const Plan& plan, index_t element, int arrays) {
     if (plan.walk != Walk::rows || plan.run.n == 0) return false;
-    constexpr unsigned kAll = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);
     const Nest run = collapse(plan.run, kAll);
     const Axis& lanes = run.inner();
     if (lanes.extent > 1 && (lanes.stride[kX] != element || lanes.stride[kY] != element)) return false;
@@ -107,11 +108,9 @@ bool can_go_by_row(const Plan& plan, index_t element, int arrays) {
 // Whether sets are short rows for the kernels that have eight in hand. Those want them side by side, and their
 // statistics too; where few are, most would be left over.
 bool can_go_in_eights(const Plan& plan, index_t element, int arrays) {
-    constexpr unsigned kAll = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);
     if (!set_is_row(plan) || element > 4 || plan.set_size * arrays > cpu::kMostOfEight) return false;
-    if (plan.kept.n == 0 || collapse(plan.run, kAll).n > 1) return false;
     const Axis& next = plan.kept.inner();
-    return next.extent >= kSumRows && next.stride[kStatistic] == 1;
+    return next.extent >= kSumRows && next.stride[kStatistic] == 1 && collapse(plan.run, kAll).n == 1;
 }
 
 // Non-temporal stores want whole vectors, which elements between multiples of their size never are: one kernel goes on

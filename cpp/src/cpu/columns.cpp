@@ -472,14 +472,10 @@ class ColumnsBackward {
     }
 
     void finish(const Unit& u, const double* sum_g, const double* sum_g_xhat) {
-        if (!call_.weight || !rows_share_parameters_) {
-            return finish_with(u, sum_g, sum_g_xhat, [](index_t) { return 1.0; });
-        }
-        const char* const weight = call_.weight + units_.at(u)[kWeight];
-        with_dtype(call_.weight_dtype, [&](auto w) {  // asked for once, and not for each lane
-            finish_with(u, sum_g, sum_g_xhat,
-                        [&](index_t at) { return double{static_cast<T>(to_double(read<decltype(w)>(weight + at)))}; });
-        });
+        const char* const weight =
+            call_.weight && rows_share_parameters_ ? call_.weight + units_.at(u)[kWeight] : nullptr;
+        with_weights<T>(weight, call_.weight_dtype,
+                        [&](auto weight_at) { finish_with(u, sum_g, sum_g_xhat, weight_at); });
     }
 
     template <class WeightAt>

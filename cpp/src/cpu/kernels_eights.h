@@ -222,8 +222,8 @@ index_t forward_in_eights_as(const ForwardEights<Compute<X>>& of) {
                 return r;
             }
         }
-        if (squaring) now.template find_variances<Center>(lanes_by_halves(squares), count);
-        if (adds) next.find_means(lanes_by_halves(sums), count);
+        if (squaring) now.template find_variances<Center>(lanes_by_halves<T>(squares), count);
+        if (adds) next.find_means(lanes_by_halves<double>(sums), count);
     }
     finish<X>(ends);
     return eights * kEight;
@@ -316,7 +316,7 @@ index_t backward_in_eights_as(const BackwardEights& of) {
             if (adds) add_up(writing);
             writing.rest();
         }
-        if (adds) next.template find_terms<Center>(lanes_by_halves(sums_g), lanes_by_halves(sums_d), count);
+        if (adds) next.template find_terms<Center>(lanes_by_halves<T>(sums_g), lanes_by_halves<T>(sums_d), count);
         if (Sum && i >= 0 && (i + 1) % kInChain == 0) {
             for (index_t l = 0; l < all.lanes; ++l) all.sum_g[l] += static_cast<double>(sum[l]);
             for (index_t l = 0; l < all.lanes; ++l) all.sum_g_xhat[l] += static_cast<double>(sum_xhat[l]);

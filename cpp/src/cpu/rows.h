@@ -203,7 +203,7 @@ class SetTiles {
   public:
     // bytes: of all arrays that are read, for one element of a set.
     SetTiles(const Plan& plan, const Nest& elements, index_t bytes, Together how, index_t most = kSetsAtOnce)
-        : next(plan.kept.n > 0 ? plan.kept.inner() : Axis{}),
+        : next(plan.kept.inner()),
           elements_(elements),
           at_once_(std::min(most, number(plan, bytes, how))),
           interleaved_(at_once_ > 1 && lies_interleaved()),

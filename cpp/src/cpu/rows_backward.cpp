@@ -110,13 +110,7 @@ class RowsBackward {
         if (!wants_set_sums()) return;
         const char* weight =
             call_.weight && !cells_.by_element ? call_.weight + plan_.kept.offset(kWeight, first) : nullptr;
-        if (!weight) return finish_with(first, n, cells, [](index_t) { return 1.0; });
-        // The dtype is asked for once: group norm has a weight for each of a few dozen elements.
-        with_dtype(call_.weight_dtype, [&](auto w) {
-            finish_with(first, n, cells, [weight](index_t at) {
-                return double{static_cast<T>(to_double(read<decltype(w)>(weight + at)))};
-            });
-        });
+        with_weights<T>(weight, call_.weight_dtype, [&](auto weight_at) { finish_with(first, n, cells, weight_at); });
     }
 
     template <class WeightAt>
@@ -396,7 +390,7 @@ class RowsBackward {
     // The same for sets that are short rows, by a kernel that takes them eight at a time. Returns how many it has done.
     index_t in_eights(const Offsets& at, const Tiles& tile, index_t rows, index_t lanes, double* sum_g,
                       double* sum_g_xhat) const {
-        if (!schedule_.in_eights || !set_is_row_ || elements_.n > 1 || tile.rows.stride[kStatistic] != 1) return 0;
+        if (!schedule_.in_eights || tile.rows.stride[kStatistic] != 1) return 0;
         rows = std::min(rows, kLongestPiece / lanes);
         return backward_in_eights(k_, operand(call_.dy, call_.dtype, at, tile, kDy),
                                   operand(call_.x, call_.dtype, at, tile, kX),
@@ -466,7 +460,7 @@ class RowsBackward {
 
     // The same for `n` <= kSumRows sets, `step` apart.
     void sums_of_sets(index_t set, index_t step, index_t n) {
-        const Axis& next = plan_.kept.n > 0 ? plan_.kept.inner() : Axis{};
+        const Axis& next = plan_.kept.inner();
         if (!wants_set_sums() || step != 1 || !leaf_is_set_ || set % next.extent + n > next.extent) {
             for (index_t i = 0; i < n; ++i) set_sums(set + i * step);
             return;

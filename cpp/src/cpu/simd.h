@@ -459,41 +459,28 @@ NK_INLINE T sum_by_halves(const Vec<T> (&v)[K]) {
 // or eight vectors to a number each.
 template <class T>
 using Eight = typename Lanes<T, 8>::type;
-NK_INLINE Eight<double> lanes_by_halves(const Vec<double> (&v)[8]) {
+template <class T>
+NK_INLINE Eight<T> lanes_by_halves(const Vec<T> (&v)[8]) {
 #if defined(__AVX512F__)
-    const auto fours = [&](int a, int b) {
+    // Quarters of vectors change places, whatever their lanes, and then halves of quarters; of floats a step is left.
+    const auto halves = [&](int a, int b) {
         const __m512d va = (__m512d)v[a], vb = (__m512d)v[b];
-        return (__m512d)((Vec<double>)_mm512_shuffle_f64x2(va, vb, 0x44) +
-                         (Vec<double>)_mm512_shuffle_f64x2(va, vb, 0xee));
+        return (__m512d)((Vec<T>)_mm512_shuffle_f64x2(va, vb, 0x44) + (Vec<T>)_mm512_shuffle_f64x2(va, vb, 0xee));
     };
-    const auto twos = [](__m512d a, __m512d b) {
-        return (__m512d)((Vec<double>)_mm512_shuffle_f64x2(a, b, 0x88) + (Vec<double>)_mm512_shuffle_f64x2(a, b, 0xdd));
+    const auto quarters = [](__m512d a, __m512d b) {
+        return (__m512d)((Vec<T>)_mm512_shuffle_f64x2(a, b, 0x88) + (Vec<T>)_mm512_shuffle_f64x2(a, b, 0xdd));
     };
-    const __m512d even = twos(fours(0, 2), fours(4, 6)), odd = twos(fours(1, 3), fours(5, 7));
-    return (Vec<double>)_mm512_unpacklo_pd(even, odd) + (Vec<double>)_mm512_unpackhi_pd(even, odd);
+    const __m512d even = quarters(halves(0, 2), halves(4, 6)), odd = quarters(halves(1, 3), halves(5, 7));
+    const Vec<T> sums = (Vec<T>)_mm512_unpacklo_pd(even, odd) + (Vec<T>)_mm512_unpackhi_pd(even, odd);
+    if constexpr (sizeof(T) == sizeof(double)) {
+        return sums;
+    } else {
+        const Vec<T> ones = sums + (Vec<T>)_mm512_movehdup_ps((__m512)sums);
+        return (Eight<T>)_mm512_cvtepi64_epi32((__m512i)ones);  // those of even lanes
+    }
 #else
-    Eight<double> sums;
-    for (int i = 0; i < 8; ++i) sums[i] = sum_lanes_by_halves<double, kWidth<double>>(v[i]);
-    return sums;
-#endif
-}
-NK_INLINE Eight<float> lanes_by_halves(const Vec<float> (&v)[8]) {
-#if defined(__AVX512F__)
-    const auto eights = [&](int a, int b) {
-        const __m512 va = (__m512)v[a], vb = (__m512)v[b];
-        return (__m512)((Vec<float>)_mm512_shuffle_f32x4(va, vb, 0x44) +
-                        (Vec<float>)_mm512_shuffle_f32x4(va, vb, 0xee));
-    };
-    const auto fours = [](__m512 a, __m512 b) {
-        return (__m512d)((Vec<float>)_mm512_shuffle_f32x4(a, b, 0x88) + (Vec<float>)_mm512_shuffle_f32x4(a, b, 0xdd));
-    };
-    const __m512d even = fours(eights(0, 2), eights(4, 6)), odd = fours(eights(1, 3), eights(5, 7));
-    const Vec<float> twos = (Vec<float>)_mm512_unpacklo_pd(even, odd) + (Vec<float>)_mm512_unpackhi_pd(even, odd);
-    const Vec<float> ones = twos + (Vec<float>)_mm512_movehdup_ps((__m512)twos);
-    return (Eight<float>)_mm512_cvtepi64_epi32((__m512i)ones);  // those of even lanes
-#else
-    Eight<float> sums;
-    for (int i = 0; i < 8; ++i) sums[i] = sum_lanes_by_halves<float, kWidth<float>>(v[i]);
+    Eight<T> sums;
+    for (int i = 0; i < 8; ++i) sums[i] = sum_lanes_by_halves<T, kWidth<T>>(v[i]);
     return sums;
 #endif
 }

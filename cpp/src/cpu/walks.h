@@ -158,6 +158,16 @@ inline void write_doubles(char* to, Dtype dtype, index_t first, index_t stride, 
     });
 }
 
+// f(weight_at), where weight_at(offset) is a weight in the type of arithmetic T, without weights 1. The dtype is asked
+// for once: group norm has a weight for each of a few dozen lanes.
+template <class T, class F>
+void with_weights(const char* weight, Dtype dtype, F f) {
+    if (!weight) return f([](index_t) { return 1.0; });
+    with_dtype(dtype, [&](auto element) {
+        f([weight](index_t at) { return double{static_cast<T>(to_double(read<decltype(element)>(weight + at)))}; });
+    });
+}
+
 // The gradients of parameters first, first + 1, ..., to whichever of the caller's arrays there are.
 inline void write_parameters(const BackwardCall& call, index_t first, index_t n, const Sums* sums) {
     constexpr index_t kStep = sizeof(Sums) / sizeof(double);
