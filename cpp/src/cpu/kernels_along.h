@@ -4,7 +4,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "kernels_formula.h"
+#include "kernels_stores.h"
 
 namespace {
 
@@ -13,17 +13,63 @@ namespace {
 // elements took 1.4 times as long as 64 on layer norm 4096 x 768 (one thread of a Zen 4).
 constexpr index_t kTurn = 64;
 struct Nothing {
+    static constexpr bool kBehindHead = false;  // for_steps_behind
     NK_INLINE bool asks() const { return false; }  // whether lines are to be asked for ahead
     NK_INLINE index_t turns() const { return std::numeric_limits<index_t>::max(); }
     NK_INLINE void turn() {}
 };
+template <class X>
+struct NothingBehind : Nothing {
+    static constexpr bool kBehindHead = true;
+    index_t head;
+    NK_INLINE index_t head_of_leaf(const char*) const { return head; }
+};
+
+// Asks for the next lines, if those of the lanes before `end` have not all been asked for. None may be left out: the wait
+// for one is as long as the arithmetic of hundreds of elements.
+template <class B>
+NK_INLINE void ask_up_to(index_t end, index_t& asked, B& block) {
+    if (asked >= end) return;
+    block.ask_ahead(asked);
+    asked += kTurn;
+}
+
+// `todo` steps of B::kLanes elements from lane `at` on; for each turn of the block, B::kShare turns of what is done
+// beside it.
+template <class B, class Beside>
+NK_INLINE void full_steps(index_t todo, index_t& at, index_t& asked, bool asks, B& block, Beside& beside) {
+    constexpr bool kTurns = !std::is_base_of_v<Nothing, Beside>;
+    if (kTurns || asks) {
+        constexpr index_t kStepsOfTurn = kTurn / B::kLanes;
+        index_t turns = todo / kStepsOfTurn;
+        if (turns > beside.turns() / B::kShare) turns = beside.turns() / B::kShare;
+        todo -= turns * kStepsOfTurn;
+        for (; turns > 0; --turns) {
+            if (asks) {
+                if constexpr (Beside::kBehindHead) {
+                    ask_up_to(at + kTurn, asked, block);
+                } else {
+                    block.ask_ahead(at);
+                    asked = at + kTurn;
+                }
+            }
+#pragma GCC unroll 2
+            for (int i = 0; i < kStepsOfTurn; ++i, at += B::kLanes) block.full(at);
+#pragma GCC unroll 2
+            for (int i = 0; i < B::kShare; ++i) beside.turn();
+        }
+        for (; asks && todo > 0; --todo, at += B::kLanes) {
+            ask_up_to(at + 1, asked, block);
+            block.full(at);
+        }
+    }
+    for (; todo > 0; --todo, at += B::kLanes) block.full(at);
+}
 
 // Walks `rows` runs of `lanes` elements in steps of B::kLanes; each run starts again at virtual lane 0. After B::kSteps
-// steps the block's short sums go over to its long ones, so that no chain of additions in X is longer than kDepth. For
-// each turn of the block, B::kShare turns of what is done beside it.
+// steps the block's short sums go over to its long ones, so that no chain of additions in X is longer than kDepth.
 template <class B, class Beside>
 NK_INLINE void for_steps(index_t rows, index_t lanes, B& block, Beside& beside) {
-    constexpr bool kTurns = !std::is_same_v<Beside, Nothing>;
     const bool asks = beside.asks() || block.asks();
     index_t steps = 0;
     for (index_t r = 0; r < rows; ++r) {
@@ -33,35 +79,14 @@ NK_INLINE void for_steps(index_t rows, index_t lanes, B& block, Beside& beside) 
             index_t todo = (lanes - at) / B::kLanes;
             if (todo > B::kSteps - steps) todo = B::kSteps - steps;
             steps += todo;
-            if (kTurns || asks) {
-                constexpr index_t kStepsOfTurn = kTurn / B::kLanes;
-                index_t turns = todo / kStepsOfTurn;
-                if (turns > beside.turns() / B::kShare) turns = beside.turns() / B::kShare;
-                todo -= turns * kStepsOfTurn;
-                for (; turns > 0; --turns, asked = at) {
-                    if (asks) block.ask_ahead(at);
-#pragma GCC unroll 2
-                    for (int i = 0; i < kStepsOfTurn; ++i, at += B::kLanes) block.full(at);
-#pragma GCC unroll 2
-                    for (int i = 0; i < B::kShare; ++i) beside.turn();
-                }
-                // No line may be left out: the wait for one is as long as the arithmetic of hundreds of elements.
-                for (; asks && todo > 0; --todo, at += B::kLanes) {
-                    if (at >= asked) {
-                        block.ask_ahead(at);
-                        asked = at + kTurn;
-                    }
-                    block.full(at);
-                }
-            }
-            for (; todo > 0; --todo, at += B::kLanes) block.full(at);
+            full_steps(todo, at, asked, asks, block, beside);
             if (steps == B::kSteps) {
                 block.flush();
                 steps = 0;
             }
         }
         if (at < lanes) {
-            if (asks && at >= asked) block.ask_ahead(at);
+            if (asks) ask_up_to(at + 1, asked, block);
             block.tail(at, static_cast<int>(lanes - at));
             if (++steps == B::kSteps) {
                 block.flush();
@@ -72,21 +97,39 @@ NK_INLINE void for_steps(index_t rows, index_t lanes, B& block, Beside& beside) 
     if (steps > 0) block.flush();
 }
 
+// The same for one run, with the same sums, whose first `head` lanes go by themselves, so that no vector crosses a
+// line. They are the last lanes of a step then, and all lanes are turned round by as many; that changes no sum, because
+// each lane has its elements in the same order, and lanes that are half of all apart are added up, whichever is first.
+template <class B, class Beside>
+NK_INLINE void for_steps_behind(index_t head, index_t lanes, B& block, Beside& beside) {
+    const bool asks = beside.asks() || block.asks();
+    block.row(0);
+    index_t asked = 0;
+    for (index_t first = 0, end; first < lanes; first = end) {
+        end = lanes - first < B::kSteps * B::kLanes ? lanes : first + B::kSteps * B::kLanes;
+        index_t at = first;
+        if (head > 0 && head <= end - first) {
+            if (asks) ask_up_to(at + head, asked, block);
+            block.head(at, static_cast<int>(head));
+            at += head;
+        }
+        full_steps((end - at) / B::kLanes, at, asked, asks, block, beside);
+        if (at < end) {
+            if (asks) ask_up_to(end, asked, block);
+            block.tail(at, static_cast<int>(end - at));
+#pragma GCC unroll 2
+            for (int i = 0; i < B::kShare; ++i) {
+                if (beside.turns() > 0) beside.turn();
+            }
+        }
+        block.flush();
+    }
+}
+
 template <class B>
 NK_INLINE void for_steps(index_t rows, index_t lanes, B& block) {
     Nothing nothing;
     for_steps(rows, lanes, block, nothing);
-}
-
-template <class X>
-NK_INLINE index_t bytes(index_t elements) {
-    return elements * static_cast<index_t>(sizeof(X));
-}
-
-// Vector i of a step that has only `n` elements: whole, in part, or (n <= 0) not there.
-template <class X>
-NK_INLINE Vec<X> load_rest(const char* p, int n) {
-    return n >= kWidth<X> ? load<X>(p) : load_first<X>(p, n);
 }
 
 // Whether means are taken about an element of the set, the origin. Other data has a mean in double with digits to
@@ -99,7 +142,7 @@ constexpr bool kAboutOrigin = std::is_same_v<X, double>;
 // times as long as with lines asked to L1, at any distance).
 template <class X>
 NK_INLINE void ask_for_turn(const char* p, index_t at) {
-    constexpr index_t kAhead = 8192, kLine = 64;
+    constexpr index_t kAhead = 8192;
     constexpr int kToL2 = 2;
     for (index_t line = 0; line < bytes<X>(kTurn); line += kLine) {
         __builtin_prefetch(p + bytes<X>(at) + kAhead + line, 0, kToL2);
@@ -156,6 +199,14 @@ struct MeanBlock {
             }
         }
     }
+    NK_INLINE void head(index_t at, int n) {
+        const Vec<X> v = load_last<X>(p + bytes<X>(at), n);
+        if constexpr (kAboutOrigin<X>) {
+            sum[K - 1] += keep_last<X>(v - origin, n);
+        } else {
+            add(K - 1, widened<Compute<X>>(v));
+        }
+    }
     NK_INLINE void flush() { total += sum_by_halves<double, K * W>(sum); }
 };
 
@@ -193,6 +244,10 @@ struct SquaresBlock {
             const Vec<X> d = load_rest<X>(p + bytes<X>(at + i * kWidth<X>), n) - pilot;
             sum[i] += n >= kWidth<X> ? d * d : keep_first<Compute<X>>(d * d, n);
         }
+    }
+    NK_INLINE void head(index_t at, int n) {
+        const Vec<X> d = load_last<X>(p + bytes<X>(at), n) - pilot;
+        sum[K - 1] += keep_last<Compute<X>>(d * d, n);
     }
     NK_INLINE void flush() {
         total += sum_by_halves<Compute<X>, K>(sum);
@@ -247,17 +302,27 @@ NK_INLINE V M2_about_mean(V squares, V off, double count) {
     return M2 < 0 ? V{} : M2;
 }
 
+// One way or the other, for kernels that write rows past the caches beside (kBehindHead): those have leaves of one run.
+template <class X, class B, class Beside>
+NK_INLINE void for_leaf(In x, index_t rows, index_t lanes, B& block, Beside& beside) {
+    if constexpr (kCanJoin && Beside::kBehindHead) {
+        for_steps_behind(beside.head_of_leaf(x.p), lanes, block, beside);
+    } else {
+        for_steps(rows, lanes, block, beside);
+    }
+}
+
 template <class X, class Beside>
 NK_INLINE double leaf_mean(In x, index_t rows, index_t lanes, double origin, Beside& beside) {
     MeanBlock<X> sum{x, splat<double>(origin), {}, {}, 0, {}};
-    for_steps(rows, lanes, sum, beside);
+    for_leaf<X>(x, rows, lanes, sum, beside);
     return sum.total / static_cast<double>(rows * lanes);
 }
 
 template <class X, bool FirstReading, class Beside>
 NK_INLINE double leaf_squares(In x, index_t rows, index_t lanes, Compute<X> pilot, Beside& beside) {
     SquaresBlock<X, FirstReading> squares{x, splat<X>(pilot), {}, {}, 0, {}};
-    for_steps(rows, lanes, squares, beside);
+    for_leaf<X>(x, rows, lanes, squares, beside);
     return squares.total;
 }
 
@@ -266,6 +331,7 @@ NK_INLINE double leaf_squares(In x, index_t rows, index_t lanes, Compute<X> pilo
 template <class X, class Beside>
 class Squaring {
   public:
+    static constexpr bool kBehindHead = false;
     NK_INLINE Squaring(In x, Compute<X> pilot, Beside& beside)
         : block_{x, splat<X>(pilot), {}, {}, 0, {}}, beside_(beside) {
         block_.row(0);
@@ -622,6 +688,12 @@ struct SumsBlock {
             sum_d[i] += n >= kWidth<X> ? g_d : keep_first<T>(g_d, n);
         }
     }
+    NK_INLINE void head(index_t at, int n) {
+        const Vec<X> g = load_last<X>(p_dy + bytes<X>(at), n) * (WLane ? load_last<T>(p_w + bytes<T>(at), n) : w_row);
+        const Vec<X> g_d = g * (load_last<X>(p_x + bytes<X>(at), n) - hi);
+        sum[K - 1] += keep_last<T>(g, n);
+        sum_d[K - 1] += keep_last<T>(g_d, n);
+    }
     NK_INLINE void flush() {
         total += sum_by_halves<Compute<X>, K>(sum);
         total_d += sum_by_halves<Compute<X>, K>(sum_d);
@@ -640,7 +712,7 @@ template <class X, bool WLane, class Beside>
 NK_INLINE Sums sums_of_leaf(In dy, In x, In w, const Statistics<Compute<X>>& s, index_t k, index_t rows, index_t lanes,
                             Beside& beside) {
     SumsBlock<X, WLane> block{dy, x, w, splat<X>(s.hi[k]), {}, {}, {}, {}, {}, {}, 0, 0, {}};
-    for_steps(rows, lanes, block, beside);
+    for_leaf<X>(x, rows, lanes, block, beside);
     return {block.total, xhat_sum<double>(block.total, block.total_d, s.lo[k], s.rstd[k])};
 }
 
@@ -656,148 +728,31 @@ void sums_along(const SumSeries* series, index_t n, Statistics<Compute<X>> s, Su
     }
 }
 
-// Lanes before the first vector boundary,
-template <class X>
-NK_INLINE index_t head_of(Out y) {
-    const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p) % kMemoryBytes<X>);
-    return past == 0 ? 0 : (kMemoryBytes<X> - past) / static_cast<index_t>(sizeof(X));
-}
-// of the `lanes` of a row. Non-temporal stores wait for them.
-template <class X>
-NK_INLINE index_t head_of_row(char* y, index_t lanes) {
-    const index_t head = head_of<X>({y, 0});
-    return head < lanes ? head : lanes;
-}
-
-// Applies f to every vector of a row of `lanes` elements: f(first lane, n), n < kWidth<X> for the last, part-filled
-// one. Where the stores are to be non-temporal, p is brought to a vector boundary first.
-template <class X, bool Stream, class F>
-NK_INLINE void for_vectors(index_t lanes, [[maybe_unused]] char* p, F f) {
-    index_t at = Stream ? head_of_row<X>(p, lanes) : 0;
-    if (at > 0) f(0, static_cast<int>(at));
-    for (; lanes - at >= kWidth<X>; at += kWidth<X>) f(at, kWidth<X>);
-    if (at < lanes) f(at, static_cast<int>(lanes - at));
-}
-
-// Non-temporal stores need elements that can reach a vector boundary at all. Where rows begin or end within a line they
-// have to be long, so that their ends, ordinary stores, cost less than is gained: a core waits for the line of each,
-// and the non-temporal stores behind it wait too. Time with them over time without, rows 16 bytes past a line, layer
-// norm forward and backward (one thread of a Zen 4): 128 lanes 2.0 and 1.7, 384 1.3 and 0.95, 768 0.75 and 0.8.
-constexpr index_t kLongRow = 3 * 1024;
-template <class X>
-NK_INLINE bool can_stream(Out y, index_t lanes, index_t least = kLongRow) {
-    constexpr index_t kLine = 64;
-    const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p));
-    if (past % kLine == 0 && y.row % kLine == 0) return true;
-    return past % sizeof(X) == 0 && y.row % sizeof(X) == 0 && bytes<X>(lanes) >= least;
-}
-
-template <class X, bool Stream>
-NK_INLINE void put(char* p, Vec<X> v, int n) {
-    if (n < kWidth<X>) {
-        store_first<X>(p, v, n);
-    } else if constexpr (Stream) {
-        stream<X>(p, v);
-    } else {
-        store<X>(p, v);
-    }
-}
-
-template <class X>
-NK_INLINE void finish(Seam& seam) {
-    if (seam.bytes > 0) __builtin_memcpy(seam.at, seam.vector, seam.bytes);
-    seam.bytes = 0;
-}
-
-// A part of a vector, or to the end of one that has begun. Out of the way of whole ones, and of their registers.
-template <class X>
-__attribute__((noinline, cold)) void put_part(Seam& seam, char* p, Vec<X> v, int n) {
-    const bool goes_on = seam.bytes > 0 && seam.at + seam.bytes == p;
-    if (!goes_on) {
-        finish<X>(seam);
-        if (reinterpret_cast<std::uintptr_t>(p) % kMemoryBytes<X> != 0) return store_first<X>(p, v, n);
-        seam.at = p;
-    }
-    store_first<X>(seam.vector + seam.bytes, v, n);
-    seam.bytes += bytes<X>(n);
-    if (seam.bytes < kMemoryBytes<X>) return;
-    stream<X>(seam.at, load<X>(seam.vector));
-    seam.bytes = 0;
-}
-
-// The vectors of a row, one after another.
-template <class X, bool Stream>
-NK_INLINE void put([[maybe_unused]] Seam& seam, char* p, Vec<X> v, int n) {
-    if (Stream && n < kWidth<X>) return put_part<X>(seam, p, v, n);
-    put<X, Stream>(p, v, n);
-}
-
-// The same where rows are whole vectors.
-template <class X, bool Stream>
-NK_INLINE void put(Joined<X>& joined, char*, Vec<X> v, int) {
-    static_assert(Stream);
-    joined.put(v);
-}
-template <class X>
-NK_INLINE void finish(Joined<X>& joined) {
-    joined.finish();
-}
-
-// f(whether rows are stored past the caches, as a constant), by kernels that put rows without gaps together (Seam).
-// Time with such stores over time without, rows 16 bytes past a line, backward (one thread of a Zen 5): 64 lanes 1.2,
-// 128 0.75.
-template <class X, class F>
-NK_INLINE void with_stream(bool stream, Out y, index_t lanes, F f) {
-    constexpr index_t kRow = 512;
-    if (stream && can_stream<X>(y, lanes, y.row == bytes<X>(lanes) ? kRow : kLongRow)) {
-        f(std::true_type{});
-    } else {
-        f(std::false_type{});
-    }
-}
-
-template <class X, bool WLane, bool Stream>
-struct Applying;
-
-// The first or the last lanes of row tile.row, fewer than a vector, in rows that are written past the caches. Out of
-// the way of whole vectors.
-template <class X, bool WLane>
-__attribute__((noinline, cold)) void apply_part(const Unwritten<X>& tile, index_t lane, index_t n) {
-    Applying<X, WLane, false> row(tile);
-    row.lane = lane;
-    put_part<X>(*tile.seam, row.y + bytes<X>(lane), row.value(static_cast<int>(n)), static_cast<int>(n));
-}
-
-// The same for the lanes before the first vector boundary of the row. Returns how many those are.
-template <class X, bool WLane>
-NK_INLINE index_t apply_head(const Unwritten<X>& tile) {
-    const index_t head = head_of_row<X>(tile.y.at(tile.row), tile.lanes);
-    if (head > 0) apply_part<X, WLane>(tile, 0, head);
-    return head;
-}
-
 // A row to be written, a few vectors at a time; half as many as its moments, which are two readings, take.
-template <class X, bool WLane, bool Stream>
+template <class X, bool WLane, Stores How>
 struct Applying {
     using T = Compute<X>;
+    static constexpr bool kBehindHead = WLane && How == Stores::joined;
+    NK_INLINE static index_t head_of_leaf(const char* x) { return head_of<X>(x); }
     static constexpr index_t kElements = kTurn / 2;
     index_t lanes, lane;
     const char *x, *w, *b;
     char* y;
     index_t w_lanes = 0, b_lanes = 0;  // masks: 0 for a constant
     bool centred;                      // as in apply_along_rows: where not, b is added as it is
-    const Unwritten<X>* tile;
+    bool far;
+    EndsOf<X, How, WLane>* ends;
     Vec<X> hi, lo, rstd, a = {}, c = {};
 
-    NK_INLINE explicit Applying(const Unwritten<X>& of)
+    NK_INLINE Applying(const Unwritten<X>& of, EndsOf<X, How, WLane>& of_rows)
         : lanes(of.lanes),
           lane(of.lane),
           x(of.x.at(of.row)),
           w(of.w.at(of.row)),
           b(of.b.at(of.row)),
           y(of.y.at(of.row)),
-          tile(&of) {
-        if (Stream && lane == 0) lane = apply_head<X, WLane>(of);
+          far(of.far),
+          ends(&of_rows) {
         const index_t k = of.row * of.s.row;
         const T hi_row = of.s.hi[k], lo_row = of.s.lo[k], rstd_row = of.s.rstd[k];
         centred = hi_row != 0 || lo_row != 0;
@@ -812,8 +767,13 @@ struct Applying {
             a = splat<X>(terms.a);
             c = splat<X>(terms.c);
         }
+        if constexpr (How == Stores::joined) {
+            ends->begin(y + bytes<X>(lane));
+            const index_t head = lane == 0 ? head_of_joined<X, WLane>(of.x, of.y, of.row, of.lanes) : 0;
+            if (head > 0) vector(static_cast<int>(head));
+        }
     }
-    NK_INLINE Vec<X> value(int n) const {
+    NK_INLINE void vector(int n) {
         const Vec<X> av = WLane ? rstd * load_rest<T>(w + bytes<T>(lane & w_lanes), n) : a;
         Vec<X> d = load_rest<X>(x + bytes<X>(lane), n), cv = c;
         if constexpr (WLane) cv = load_rest<T>(b + bytes<T>(lane & b_lanes), n);
@@ -821,13 +781,10 @@ struct Applying {
             d -= hi;
             if constexpr (WLane) cv = bias_term<Vec<X>>(av, lo, cv);
         }
-        return d * av + cv;
-    }
-    NK_INLINE void vector(int n) {
-        put<X, Stream>(y + bytes<X>(lane), value(n), n);
+        put<X, How, WLane>(*ends, y + bytes<X>(lane), d * av + cv, n);
         lane += n;
     }
-    NK_INLINE bool asks() const { return Stream || tile->far; }
+    NK_INLINE bool asks() const { return How != Stores::cached || far; }
     NK_INLINE index_t turns() const { return (lanes - lane) / kElements; }
     NK_INLINE void turn() {
 #pragma GCC unroll 8
@@ -835,24 +792,20 @@ struct Applying {
     }
     NK_INLINE void rest() {
         while (lanes - lane >= kWidth<X>) vector(kWidth<X>);
-        if (lane == lanes) return;
-        if constexpr (Stream) {
-            apply_part<X, WLane>(*tile, lane, lanes - lane);
-        } else {
-            vector(static_cast<int>(lanes - lane));
-        }
+        if (lane < lanes) vector(static_cast<int>(lanes - lane));
     }
 };
 
 // R rows at once: with w and b one a lane they share the loads of those, which else are half of all.
-template <class X, bool WLane, bool Stream, bool Centred, int R>
-NK_INLINE void apply_rows(const Unwritten<X>& tile) {
+template <class X, bool WLane, Stores How, bool Centred, int R>
+NK_INLINE void apply_rows(const Unwritten<X>& tile, EndsOf<X, How, WLane>& ends) {
+    static_assert(R == 1 || How == Stores::cached, "past the caches, rows are joined");
     using T = Compute<X>;
     const In x = tile.x, w = tile.w, b = tile.b;
     const Out y = tile.y;
     const Statistics<T>& s = tile.s;
     const index_t r = tile.row, lanes = tile.lanes;
-    index_t lane = Stream ? apply_head<X, WLane>(tile) : 0;
+    index_t lane = 0;
     Vec<X> hi[R], lo[R], rstd[R], a[R], c[R];
 #pragma GCC unroll 4
     for (int j = 0; j < R; ++j) {
@@ -882,16 +835,17 @@ NK_INLINE void apply_rows(const Unwritten<X>& tile) {
             const Vec<X> d = Centred ? xv - hi[j] : xv;
             const Vec<X> av = WLane ? rstd[j] * wv : a[j];
             const Vec<X> cv = !WLane ? c[j] : Centred ? bias_term<Vec<X>>(av, lo[j], bv) : bv;
-            put<X, Stream>(py + j * y.row + o, d * av + cv, n);
+            put<X, How, WLane>(ends, py + j * y.row + o, d * av + cv, n);
         }
+        lane += n;
     };
-    for (; lanes - lane >= kWidth<X>; lane += kWidth<X>) write(kWidth<X>);
-    if (lane == lanes) return;
-    if constexpr (Stream) {
-        apply_part<X, WLane>(tile, lane, lanes - lane);
-    } else {
-        write(static_cast<int>(lanes - lane));
+    if constexpr (How == Stores::joined) {
+        ends.begin(py);
+        const index_t head = head_of_joined<X, WLane>(x, y, r, lanes);
+        if (head > 0) write(static_cast<int>(head));
     }
+    while (lanes - lane >= kWidth<X>) write(kWidth<X>);
+    if (lane < lanes) write(static_cast<int>(lanes - lane));
 }
 
 // Whether rows follow each other in memory without a gap, and are neither whole vectors nor so long that their ends do
@@ -934,7 +888,7 @@ template <class X, bool Stream>
 void apply_joined(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     using T = Compute<X>;
     for_joined<X, 3>(
-        rows, lanes, Stream ? head_of<X>(y) : 0,
+        rows, lanes, Stream ? head_of<X>(y.p) : 0,
         [&](index_t r, Vec<X>(&terms)[3]) NK_INLINE_LAMBDA {
             const index_t k = r * s.row;
             const YTerms<T> y = y_terms<T>(s.hi[k], s.lo[k], s.rstd[k], value_at<T>(w.at(r)), value_at<T>(b.at(r)));
@@ -954,36 +908,36 @@ constexpr int kRowsTogether = 4;
 constexpr int kRowsTogether = 2;
 #endif
 
-template <class X, bool WLane, bool Stream>
+template <class X, bool WLane, Stores How>
 void apply_along_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     // Rms: without a mean there are two subtractions less.
     const auto centred = [&](index_t r) { return s.hi[r * s.row] != 0 || s.lo[r * s.row] != 0; };
     // Not past the caches: those stores want one stream.
-    const bool together = WLane && !Stream && w.row == 0 && b.row == 0;
-    Seam seam;
+    const bool together = WLane && How == Stores::cached && w.row == 0 && b.row == 0;
+    constexpr int kTogether = How == Stores::cached ? kRowsTogether : 1;
+    EndsOf<X, How, WLane> ends;
     Unwritten<X> tile{x, y, w, b, s, rows, lanes};
-    tile.seam = &seam;
     for (index_t& r = tile.row; r < rows;) {
-        bool all_centred = together && rows - r >= kRowsTogether, none_centred = all_centred;
-        for (int j = 0; j < kRowsTogether && (all_centred || none_centred); ++j) {
+        bool all_centred = together && rows - r >= kTogether, none_centred = all_centred;
+        for (int j = 0; j < kTogether && (all_centred || none_centred); ++j) {
             (centred(r + j) ? none_centred : all_centred) = false;
         }
         if (all_centred) {
-            apply_rows<X, WLane, Stream, true, kRowsTogether>(tile);
-            r += kRowsTogether;
+            apply_rows<X, WLane, How, true, kTogether>(tile, ends);
+            r += kTogether;
         } else if (none_centred) {
-            apply_rows<X, WLane, Stream, false, kRowsTogether>(tile);
-            r += kRowsTogether;
+            apply_rows<X, WLane, How, false, kTogether>(tile, ends);
+            r += kTogether;
         } else {
             if (centred(r)) {
-                apply_rows<X, WLane, Stream, true, 1>(tile);
+                apply_rows<X, WLane, How, true, 1>(tile, ends);
             } else {
-                apply_rows<X, WLane, Stream, false, 1>(tile);
+                apply_rows<X, WLane, How, false, 1>(tile, ends);
             }
             ++r;
         }
     }
-    finish<X>(seam);
+    ends.finish();
 }
 
 template <class X, bool WLane>
@@ -994,8 +948,8 @@ void apply_along(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows
             return (streamed ? apply_joined<X, true> : apply_joined<X, false>)(x, y, w, b, s, rows, lanes);
         }
     }
-    with_stream<X>(stream, y, lanes, [&](auto streamed) NK_INLINE_LAMBDA {
-        apply_along_rows<X, WLane, streamed>(x, y, w, b, s, rows, lanes);
+    with_row_stores<X, WLane>(stream, x, y, lanes, on_lines(y), [&](auto how) NK_INLINE_LAMBDA {
+        apply_along_rows<X, WLane, how>(x, y, w, b, s, rows, lanes);
     });
 }
 
@@ -1005,11 +959,13 @@ __attribute__((noinline, cold)) bool next_tile(const Unwritten<X>& tile) {
 }
 
 // A tile, and those that come next, as something to write beside other work, which ends in the midst of its rows.
-template <class X, bool WLane, bool Stream>
+template <class X, bool WLane, Stores How>
 class ApplyingTile {
   public:
-    NK_INLINE explicit ApplyingTile(Unwritten<X>& tile) : tile_(tile), row_(tile) {}
-    NK_INLINE bool asks() const { return Stream || tile_.far; }
+    static constexpr bool kBehindHead = WLane && How == Stores::joined;
+    NK_INLINE static index_t head_of_leaf(const char* x) { return head_of<X>(x); }
+    NK_INLINE ApplyingTile(Unwritten<X>& tile, EndsOf<X, How, WLane>& ends) : tile_(tile), ends_(ends), row_(tile, ends) {}
+    NK_INLINE bool asks() const { return How != Stores::cached || tile_.far; }
     NK_INLINE index_t turns() const { return tile_.done() ? 0 : std::numeric_limits<index_t>::max(); }
     NK_INLINE void turn() {
         if (tile_.done()) return;
@@ -1017,7 +973,7 @@ class ApplyingTile {
         if (row_.turns() > 0) return;
         row_.rest();
         tile_.lane = 0;
-        if (++tile_.row < tile_.rows || next_tile(tile_)) row_ = Applying<X, WLane, Stream>(tile_);
+        if (++tile_.row < tile_.rows || next_tile(tile_)) row_ = Applying<X, WLane, How>(tile_, ends_);
     }
     NK_INLINE void leave() {
         if (!tile_.done()) tile_.lane = row_.lane;
@@ -1025,53 +981,57 @@ class ApplyingTile {
 
   private:
     Unwritten<X>& tile_;
-    Applying<X, WLane, Stream> row_;
+    EndsOf<X, How, WLane>& ends_;
+    Applying<X, WLane, How> row_;
 };
 
-template <class X, Leaf How, bool WLane, bool Stream>
+template <class X, Leaf As, bool WLane, Stores How>
 void moments_beside_tile(const LeafSeries* series, index_t n, bool center, Moments* out, Unwritten<X>& tile) {
     const LeafSeries rows = *series;
     const index_t left = tile.rows - tile.row, per_row = rows.leaves / left;
-    if (How != Leaf::overlapped && n == 1 && per_row * left == rows.leaves && tile.lane == 0) {
+    EndsOf<X, How, WLane> ends;
+    if constexpr (How == Stores::joined) ends.go_on(*tile.seam);
+    if (As != Leaf::overlapped && n == 1 && per_row * left == rows.leaves && tile.lane == 0) {
         // In step, row by row: what is known of a row then stays in registers.
         In x = rows.x, origin = rows.origin;
         for (; !tile.done(); ++tile.row) {
-            Applying<X, WLane, Stream> applying(tile);
+            Applying<X, WLane, How> applying(tile, ends);
             for (index_t i = 0; i < per_row; ++i, x.p += rows.leaf, origin.p += origin.row) {
                 const Compute<X> from = kAboutOrigin<X> ? value_at<Compute<X>>(origin.p) : 0;
-                *out++ = moments_of_leaf<X, How == Leaf::about_zero>(x, rows.rows, rows.lanes, from, center, applying);
+                *out++ = moments_of_leaf<X, As == Leaf::about_zero>(x, rows.rows, rows.lanes, from, center, applying);
             }
             applying.rest();
         }
-        return;
+    } else {
+        ApplyingTile<X, WLane, How> applying(tile, ends);
+        moments_of_leaves<X, As>(series, n, center, out, applying);
+        applying.leave();
     }
-    ApplyingTile<X, WLane, Stream> applying(tile);
-    moments_of_leaves<X, How>(series, n, center, out, applying);
-    applying.leave();
+    if constexpr (How == Stores::joined) ends.leave(tile.seam);
 }
 
-template <class X, bool WLane, bool Stream>
+template <class X, bool WLane, Stores How>
 NK_INLINE void moments_beside_as(const LeafSeries* series, index_t n, bool center, Moments* out, Unwritten<X>& tile) {
-    for_alike(series, n, center, out, [&](Leaf how, const LeafSeries* alike, index_t m, Moments* to) {
+    for_alike(series, n, center, out, [&](Leaf as, const LeafSeries* alike, index_t m, Moments* to) {
         if (tile.done()) return moments_along<X>(alike, m, center, to);
-        const auto kernel = how == Leaf::about_zero ? moments_beside_tile<X, Leaf::about_zero, WLane, Stream>
-                            : how == Leaf::in_turn  ? moments_beside_tile<X, Leaf::in_turn, WLane, Stream>
-                                                    : moments_beside_tile<X, Leaf::overlapped, WLane, Stream>;
+        const auto kernel = as == Leaf::about_zero ? moments_beside_tile<X, Leaf::about_zero, WLane, How>
+                            : as == Leaf::in_turn  ? moments_beside_tile<X, Leaf::in_turn, WLane, How>
+                                                   : moments_beside_tile<X, Leaf::overlapped, WLane, How>;
         kernel(alike, m, center, to, tile);
     });
 }
 
 template <class X, bool WLane>
 void moments_beside(const LeafSeries* series, index_t n, bool center, Moments* out, Unwritten<X>& tile) {
-    with_stream<X>(tile.stream, tile.y, tile.lanes, [&](auto streamed) NK_INLINE_LAMBDA {
-        moments_beside_as<X, WLane, streamed>(series, n, center, out, tile);
+    with_row_stores<X, WLane>(tile.stream, tile.x, tile.y, tile.lanes, tile.lines, [&](auto how) NK_INLINE_LAMBDA {
+        moments_beside_as<X, WLane, how>(series, n, center, out, tile);
     });
 }
 
-template <class X, bool WLane, bool Stream>
+template <class X, bool WLane, Stores How>
 void dx_along_rows(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     using T = Compute<X>;
-    Seam seam;
+    EndsOf<X, How, WLane> ends;
     for (index_t r = 0; r < rows; ++r) {
         const char *pdy = dy.at(r), *px = x.at(r), *pw = w.at(r);
         char* pdx = dx.at(r);
@@ -1080,21 +1040,26 @@ void dx_along_rows(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t 
         const Vec<X> hi = splat<X>(s.hi[i]), rstd = splat<X>(s.rstd[i]), e = splat<X>(terms.e), c = splat<X>(terms.c);
         Vec<X> a = {};
         if constexpr (!WLane) a = splat<X>(s.rstd[i] * value_at<T>(pw));
-        for_vectors<X, Stream>(lanes, pdx, [&](index_t lane, int n) NK_INLINE_LAMBDA {
+        index_t head = 0;
+        if constexpr (How == Stores::joined) {
+            ends.begin(pdx);
+            head = head_of_joined<X, WLane>(x, dx, r, lanes);
+        }
+        for_vectors<X>(lanes, head, [&](index_t lane, int n) NK_INLINE_LAMBDA {
             const index_t o = bytes<X>(lane);
             const Vec<X> d = load_rest<X>(px + o, n) - hi;
             const Vec<X> av = WLane ? rstd * load_rest<T>(pw + bytes<T>(lane), n) : a;
-            put<X, Stream>(seam, pdx + o, dx_of<Vec<X>>(load_rest<X>(pdy + o, n), d, rstd, av, e, c), n);
+            put<X, How, WLane>(ends, pdx + o, dx_of<Vec<X>>(load_rest<X>(pdy + o, n), d, rstd, av, e, c), n);
         });
     }
-    finish<X>(seam);
+    ends.finish();
 }
 
 template <class X, bool Stream>
 void dx_joined(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     using T = Compute<X>;
     for_joined<X, 5>(
-        rows, lanes, Stream ? head_of<X>(dx) : 0,
+        rows, lanes, Stream ? head_of<X>(dx.p) : 0,
         [&](index_t r, Vec<X>(&terms)[5]) NK_INLINE_LAMBDA {
             const index_t i = r * s.row;
             const DxTerms<T> more = dx_terms<T>(s.lo[i], s.rstd[i], s.mean_g[i], s.mean_g_xhat[i]);
@@ -1119,15 +1084,40 @@ void dx_along(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows,
             return (streamed ? dx_joined<X, true> : dx_joined<X, false>)(dy, x, w, dx, s, rows, lanes);
         }
     }
-    with_stream<X>(stream, dx, lanes, [&](auto streamed) NK_INLINE_LAMBDA {
-        dx_along_rows<X, WLane, streamed>(dy, x, w, dx, s, rows, lanes);
+    with_row_stores<X, WLane>(stream, x, dx, lanes, on_lines(dx), [&](auto how) NK_INLINE_LAMBDA {
+        dx_along_rows<X, WLane, how>(dy, x, w, dx, s, rows, lanes);
     });
 }
 
+// Sums down rows of at most `most` lanes, one a lane. No vector of them crosses a line.
+template <class X, index_t most>
+struct DownLanes {
+    using T = Compute<X>;
+    T *sum, *sum_xhat;
+
+    // Clears what it takes for rows whose vectors begin behind `head` lanes.
+    NK_INLINE void begin(index_t head, index_t lanes) {
+        sum = room_[0] + first_lane<X>(head);
+        sum_xhat = room_[1] + first_lane<X>(head);
+        for (index_t l = 0; l < lanes + kWidth<X>; ++l) sum[l] = sum_xhat[l] = 0;
+    }
+    NK_INLINE void add_to(double* sum_g, double* sum_g_xhat, index_t lanes) const {
+        for (index_t l = 0; l < lanes; ++l) sum_g[l] += static_cast<double>(sum[l]);
+        for (index_t l = 0; l < lanes; ++l) sum_g_xhat[l] += static_cast<double>(sum_xhat[l]);
+    }
+
+  private:
+    alignas(64) T room_[2][most + 2 * kWidth<X>];
+};
+
 // dx of a row, a few vectors at a time, and dy and dy * xhat added to what earlier rows have left in `sum`, `sum_xhat`.
 // Those are whole vectors; what comes into lanes beyond the row's last is never looked at.
-template <class X, bool Sum, bool Stream, class Ends = Seam>
+template <class X, bool Sum, Stores How>
 struct WritingDx {
+    using Ends = EndsOf<X, How, true>;
+    static constexpr bool kBehindHead = How == Stores::joined;
+    index_t head = 0;
+    NK_INLINE index_t head_of_leaf(const char*) const { return head; }
     using T = Compute<X>;
     static constexpr index_t kElements = kTurn;
     index_t lanes = 0, lane = 0;
@@ -1161,8 +1151,9 @@ struct WritingDx {
           rstd(splat<X>(s.rstd)),
           e(splat<X>(terms.e)),
           c(splat<X>(terms.c)) {
-        if constexpr (Stream && std::is_same_v<Ends, Seam>) {
-            const index_t head = head_of_row<X>(dx, lanes);
+        ends.begin(dx);
+        if constexpr (How == Stores::joined && std::is_same_v<All, BackwardRows<T>>) {
+            head = head_of_joined<X, true>(all.x, all.dx, r, all.lanes);
             if (head > 0) vector(static_cast<int>(head));
         }
     }
@@ -1174,7 +1165,7 @@ struct WritingDx {
         const Vec<X> dyv = load_rest<X>(dy + bytes<X>(lane), n);
         const Vec<X> d = load_rest<X>(x + bytes<X>(lane), n) - hi;
         const Vec<X> a = rstd * load_rest<T>(w + bytes<T>(lane), n);
-        put<X, Stream>(ends, dx + bytes<X>(lane), dx_of<Vec<X>>(dyv, d, rstd, a, e, c), n);
+        put<X, How, true>(ends, dx + bytes<X>(lane), dx_of<Vec<X>>(dyv, d, rstd, a, e, c), n);
         if constexpr (Sum) {
             const Vec<X> xhat = (kLoose ? d : d - lo) * rstd;
             add(sum, n < kWidth<X> ? keep_first<T>(dyv, n) : dyv);
@@ -1182,7 +1173,7 @@ struct WritingDx {
         }
         lane += n;
     }
-    NK_INLINE bool asks() const { return Stream || far; }
+    NK_INLINE bool asks() const { return How != Stores::cached || far; }
     NK_INLINE index_t turns() const { return (lanes - lane) / kElements; }
     NK_INLINE void turn() {
 #pragma GCC unroll 16
@@ -1199,12 +1190,12 @@ struct WritingDx {
 // 1536 1.0, 2048 1.35, 4096 1.45. Rows of 16 bits are half as long, and their conversions are worth doing meanwhile:
 // 4096 0.65.
 constexpr index_t kLongestBeside = 6 * 1024;  // bytes of a row
-template <class X, bool Sum, bool Stream, bool IsBeside>
+template <class X, bool Sum, Stores How, bool IsBeside>
 void backward_row_by_row(const BackwardRows<Compute<X>>& all) {
     using T = Compute<X>;
-    constexpr index_t kMost = kMostSums / static_cast<index_t>(sizeof(T)) + kWidth<X>;
-    alignas(64) T sum[kMost], sum_xhat[kMost];
-    for (index_t l = 0; Sum && l < all.lanes + kWidth<X>; ++l) sum[l] = sum_xhat[l] = 0;
+    const index_t head = How == Stores::joined ? head_of_joined<X, true>(all.x, all.dx, 0, all.lanes) : 0;
+    DownLanes<X, kMostSums / static_cast<index_t>(sizeof(T))> down;
+    if constexpr (Sum) down.begin(head, all.lanes);
     const double count = static_cast<double>(all.lanes);
     const auto sums_of = [&](index_t r, auto& beside) NK_INLINE_LAMBDA {
         Sums sums;
@@ -1220,11 +1211,12 @@ void backward_row_by_row(const BackwardRows<Compute<X>>& all) {
         all.mean_g[i] = static_cast<T>(all.center ? sums.g / count : 0);
         all.mean_g_xhat[i] = static_cast<T>(sums.g_xhat / count);
     };
-    Nothing nothing;
-    Seam seam;
+    std::conditional_t<How == Stores::joined, NothingBehind<X>, Nothing> nothing;
+    if constexpr (How == Stores::joined) nothing.head = head;
+    EndsOf<X, How, true> ends;
     sums_of(0, nothing);
     for (index_t r = 0; r < all.rows; ++r) {
-        WritingDx<X, Sum, Stream> writing(all, r, sum, sum_xhat, seam);
+        WritingDx<X, Sum, How> writing(all, r, down.sum, down.sum_xhat, ends);
         if constexpr (IsBeside) {
             if (r + 1 < all.rows) sums_of(r + 1, writing);
             writing.rest();
@@ -1233,19 +1225,18 @@ void backward_row_by_row(const BackwardRows<Compute<X>>& all) {
             if (r + 1 < all.rows) sums_of(r + 1, nothing);
         }
     }
-    finish<X>(seam);
-    for (index_t l = 0; Sum && l < all.lanes; ++l) all.sum_g[l] += static_cast<double>(sum[l]);
-    for (index_t l = 0; Sum && l < all.lanes; ++l) all.sum_g_xhat[l] += static_cast<double>(sum_xhat[l]);
+    ends.finish();
+    if constexpr (Sum) down.add_to(all.sum_g, all.sum_g_xhat, all.lanes);
 }
 
 template <class X>
 void backward_rows(const BackwardRows<Compute<X>>& all) {
-    with_stream<X>(all.stream, all.dx, all.lanes, [&](auto streamed) NK_INLINE_LAMBDA {
+    with_row_stores<X, true>(all.stream, all.x, all.dx, all.lanes, on_lines(all.dx), [&](auto how) NK_INLINE_LAMBDA {
         const bool is_beside = sizeof(X) == 2 || bytes<X>(all.lanes) <= kLongestBeside;
-        const auto kernel = is_beside ? (all.sum_g ? backward_row_by_row<X, true, streamed, true>
-                                                   : backward_row_by_row<X, false, streamed, true>)
-                                      : (all.sum_g ? backward_row_by_row<X, true, streamed, false>
-                                                   : backward_row_by_row<X, false, streamed, false>);
+        const auto kernel = is_beside ? (all.sum_g ? backward_row_by_row<X, true, how, true>
+                                                   : backward_row_by_row<X, false, how, true>)
+                                      : (all.sum_g ? backward_row_by_row<X, true, how, false>
+                                                   : backward_row_by_row<X, false, how, false>);
         kernel(all);
     });
 }
@@ -1255,7 +1246,7 @@ NK_INLINE void copy_rows(In x, Out y, index_t rows, index_t lanes) {
     for (index_t r = 0; r < rows; ++r) {
         const char* px = x.at(r);
         char* py = y.at(r);
-        for_vectors<X, Stream>(lanes, py, [=](index_t lane, int n) NK_INLINE_LAMBDA {
+        for_vectors<X>(lanes, Stream ? head_of_row<X>(py, lanes) : 0, [=](index_t lane, int n) NK_INLINE_LAMBDA {
             const index_t o = bytes<X>(lane);
             put<X, Stream>(py + o, load_rest<X>(px + o, n), n);
         });

@@ -404,13 +404,13 @@ NK_INLINE Bundle bundle_of(Out y, index_t rows, index_t lanes, bool without_gap)
         if (n < 1) n = 1;
     }
     const bool aligned_alike = y.row * n % kMemoryBytes<X> == 0;
-    const index_t head = Stream || (aligned_alike && n * lanes > few) ? head_of<X>(y) : 0;
+    const index_t head = Stream || (aligned_alike && n * lanes > few) ? head_of<X>(y.p) : 0;
     return {n, n * lanes, head, Stream && without_gap && head > 0 && n * lanes % width == 0};
 }
 
 template <class X>
 NK_INLINE index_t first_term(Bundle b) {
-    return b.head == 0 ? 0 : kWidth<X> - b.head;
+    return first_lane<X>(b.head);
 }
 
 template <class X, int N>
@@ -557,7 +557,7 @@ NK_INLINE void apply_down_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s
                 apply_down_chunk<X, WLane, Stream, v>(shifted(x, r, o), shifted(y, r, o), shifted(w, r, ow),
                                                       shifted(b, r, ow), shifted(s, lane), n_rows, n);
             },
-            Stream ? head_of<X>(y) : 0);
+            Stream ? head_of<X>(y.p) : 0);
     }
 }
 
@@ -751,28 +751,29 @@ NK_INLINE void backward_down_rows(In dy, In x, In w, Out dx, Statistics<Compute<
                     shifted(s, SLane ? lane : r * s.row), n_rows, n, Sum ? sum_g + lane : sum_g,
                     Sum ? sum_g_xhat + lane : sum_g_xhat);
             },
-            Dx && Stream ? head_of<X>(dx) : 0);
+            Dx && Stream ? head_of<X>(dx.p) : 0);
     }
 }
 
 // The same with statistics one a row, for rows so long that reading them row by row is better than a few lanes of all:
 // the sums of kLeafLanes lanes wait in L1. A tile is two or three streams then, not as many as it has rows, which lie a
 // power of two apart more often than not.
-template <class X, bool Stream>
+template <class X, Stores How>
 NK_INLINE void backward_by_row(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes,
                                double* sum_g, double* sum_g_xhat) {
     using T = Compute<X>;
-    alignas(64) T sum[kLeafLanes + kWidth<X>], sum_xhat[kLeafLanes + kWidth<X>];
+    DownLanes<X, kLeafLanes> down;
     for (index_t lane = 0; lane < lanes; lane += kLeafLanes) {
         const index_t n = lanes - lane < kLeafLanes ? lanes - lane : kLeafLanes, o = bytes<X>(lane);
-        for (index_t l = 0; l < n + kWidth<X>; ++l) sum[l] = sum_xhat[l] = 0;
         const BackwardRows<T> part{
             shifted(dy, 0, o), shifted(x, 0, o), shifted(w, 0, bytes<T>(lane)), shifted(dx, 0, o), s, rows, n};
-        Seam seam;
-        for (index_t r = 0; r < rows; ++r) WritingDx<X, true, Stream>(part, r, sum, sum_xhat, seam).rest();
-        finish<X>(seam);
-        for (index_t l = 0; l < n; ++l) sum_g[lane + l] += static_cast<double>(sum[l]);
-        for (index_t l = 0; l < n; ++l) sum_g_xhat[lane + l] += static_cast<double>(sum_xhat[l]);
+        down.begin(How == Stores::joined ? head_of_joined<X, true>(part.x, part.dx, 0, n) : 0, n);
+        EndsOf<X, How, true> ends;
+        for (index_t r = 0; r < rows; ++r) {
+            WritingDx<X, true, How>(part, r, down.sum, down.sum_xhat, ends).rest();
+        }
+        ends.finish();
+        down.add_to(sum_g + lane, sum_g_xhat + lane, n);
     }
 }
 
@@ -806,7 +807,7 @@ NK_INLINE void sums_by_row(In dy, In x, In w, Statistics<Compute<X>> s, index_t 
             const auto before = [&](const T* of, index_t lane) NK_INLINE_LAMBDA {
                 return is_first ? Vec<X>{} : load<T>(reinterpret_cast<const char*>(of + lane));
             };
-            for_vectors<X, false>(all, nullptr, [&](index_t lane, int n) NK_INLINE_LAMBDA {
+            for_vectors<X>(all, 0, [&](index_t lane, int n) NK_INLINE_LAMBDA {
                 const Vec<X> g =
                     load_rest<X>(pdy + bytes<X>(lane), n) * (WLane ? load_rest<T>(pw + bytes<T>(lane), n) : wv);
                 const Vec<X> d = load_rest<X>(px + bytes<X>(lane), n) - (SLane ? load_term<X>(s.hi + k + lane, n) : hi);
@@ -838,8 +839,8 @@ void backward_down(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t 
     const bool streamed = stream && can_stream_down<X>(dx, lanes, without_gap);
     if constexpr (!SLane && WLane) {
         if (dx.p && sum_g && lanes >= kRowByRow) {
-            with_stream<X>(stream, dx, lanes, [&](auto streamed) NK_INLINE_LAMBDA {
-                backward_by_row<X, streamed>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
+            with_row_stores<X, true>(stream, x, dx, lanes, on_lines(dx), [&](auto how) NK_INLINE_LAMBDA {
+                backward_by_row<X, how>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
             });
             return;
         }

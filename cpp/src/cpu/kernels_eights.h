@@ -29,49 +29,13 @@ NK_INLINE B row_of(B block, index_t lanes) {
     return block;
 }
 
-// Of a row that all have in common, a copy that begins on a line: else each load of it is two.
-template <class T>
-NK_INLINE void align(In& p, index_t lanes, T* copy) {
-    if (p.row != 0 || reinterpret_cast<std::uintptr_t>(p.p) % kVectorBytes == 0) return;
-    __builtin_memcpy(copy, p.p, static_cast<std::size_t>(bytes<T>(lanes)));
-    p.p = reinterpret_cast<const char*>(copy);
-}
-constexpr index_t kWorthAligning = 4 * kEight;  // rows
-
-// How results are stored.
-enum class Stores { cached, lines, joined };
-
-// Past the caches where rows are whole vectors that begin on a line, or that follow each other without gaps.
-template <class X>
-NK_INLINE Stores stores_of(bool stream, Out y, index_t lanes) {
-    constexpr index_t kLine = 64;
-    const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p));
-    if (!stream || lanes % kWidth<X> != 0) return Stores::cached;
-    if (past % kLine == 0 && y.row % kLine == 0) return Stores::lines;
-    return kCanJoin && past % sizeof(X) == 0 && y.row == bytes<X>(lanes) ? Stores::joined : Stores::cached;
-}
-
-// f(how, as a constant)
+// f(how rows are stored, as a constant): past the caches where they are whole vectors that begin on a line, or that
+// follow each other without gaps.
 template <class X, class F>
-NK_INLINE auto with_stores(bool stream, Out y, index_t lanes, F f) {
-    const Stores how = stores_of<X>(stream, y, lanes);
-    if (how == Stores::lines) return f(std::integral_constant<Stores, Stores::lines>{});
-    if constexpr (kCanJoin) {
-        if (how == Stores::joined) return f(std::integral_constant<Stores, Stores::joined>{});
-    }
-    return f(std::integral_constant<Stores, Stores::cached>{});
-}
-
-// What the ends of rows have in common.
-template <class X, Stores How>
-using EndsOf = std::conditional_t<How == Stores::joined, Joined<X>, Seam>;
-template <class X, Stores How>
-NK_INLINE EndsOf<X, How> ends_of(Out y) {
-    if constexpr (How == Stores::joined) {
-        return Joined<X>(y.p);
-    } else {
-        return {};
-    }
+NK_INLINE auto with_stores_of_eights(bool stream, Out y, index_t lanes, F f) {
+    const bool lines = on_lines(y), on_elements = reinterpret_cast<std::uintptr_t>(y.p) % sizeof(X) == 0;
+    const bool can_join = kCanJoin && on_elements && y.row == bytes<X>(lanes);
+    return with_stores<X>(stream && lanes % kWidth<X> == 0 && (lines || can_join), lines, f);
 }
 
 // The two parts of eight means, as normkit::split makes them.
@@ -126,9 +90,9 @@ struct EightForward {
 };
 
 // A row of y. Centred: as in apply_rows.
-template <class X, bool WLane, bool Stream, bool Centred, class Ends>
+template <class X, bool WLane, Stores How, bool Centred>
 NK_INLINE void write_row(const char* x, const char* w, const char* b, char* y, index_t lanes, Split<Compute<X>> s,
-                         Ends& ends) {
+                         EndsOf<X, How, true>& ends) {
     using T = Compute<X>;
     const Vec<X> hi = splat<X>(s.hi), lo = splat<X>(s.lo), rstd = splat<X>(s.rstd);
     Vec<X> a = {}, c = {};
@@ -145,8 +109,9 @@ NK_INLINE void write_row(const char* x, const char* w, const char* b, char* y, i
             cv = load_rest<T>(b + bytes<T>(lane), n);
             if constexpr (Centred) cv = bias_term<Vec<X>>(av, lo, cv);
         }
-        put<X, Stream>(ends, y + bytes<X>(lane), d * av + cv, n);
+        put<X, How, true>(ends, y + bytes<X>(lane), d * av + cv, n);
     };
+    ends.begin(y);
     constexpr int kUnroll = 4;
     index_t lane = 0;
     for (; lanes - lane >= kUnroll * kWidth<X>; lane += kUnroll * kWidth<X>) {
@@ -158,14 +123,8 @@ NK_INLINE void write_row(const char* x, const char* w, const char* b, char* y, i
 }
 
 template <class X, bool Center, bool WLane, Stores How>
-index_t forward_in_eights_as(const ForwardEights<Compute<X>>& of) {
+index_t forward_in_eights_as(const ForwardEights<Compute<X>>& all) {
     using T = Compute<X>;
-    ForwardEights<T> all = of;
-    alignas(64) T aligned[2][WLane ? kMostOfEight : 1];
-    if (WLane && all.rows >= kWorthAligning) {
-        align<T>(all.w, all.lanes, aligned[0]);
-        align<T>(all.b, all.lanes, aligned[1]);
-    }
     const index_t lanes = all.lanes, eights = all.rows / kEight;
     const double count = static_cast<double>(lanes);
     const Adder<double> plus;
@@ -173,8 +132,7 @@ index_t forward_in_eights_as(const ForwardEights<Compute<X>>& of) {
     Vec<double> sums[kEight];
     Vec<X> squares[kEight];
     EightForward<T> in_hand[4];
-    auto ends = ends_of<X, How>(all.y);
-    constexpr bool kStream = How != Stores::cached;
+    EndsOf<X, How, true> ends;
 
     const char *x_next = all.x.p, *x_now = x_next, *x_last = x_next, *w = all.w.p, *b = all.b.p;
     char* y = all.y.p;
@@ -195,9 +153,9 @@ index_t forward_in_eights_as(const ForwardEights<Compute<X>>& of) {
     const auto write = [&](int j, const EightForward<T>& e) NK_INLINE_LAMBDA {
         const Split<T> s{e.split.hi[j], e.split.lo[j], e.rstd[j], 1};
         if (Center && (e.centred || s.hi != 0 || s.lo != 0)) {
-            write_row<X, WLane, kStream, true>(x_last, w, b, y, lanes, s, ends);
+            write_row<X, WLane, How, true>(x_last, w, b, y, lanes, s, ends);
         } else {
-            write_row<X, WLane, kStream, false>(x_last, w, b, y, lanes, s, ends);
+            write_row<X, WLane, How, false>(x_last, w, b, y, lanes, s, ends);
         }
         x_last += all.x.row;
         y += all.y.row;
@@ -218,14 +176,14 @@ index_t forward_in_eights_as(const ForwardEights<Compute<X>>& of) {
         if (i >= 1 && i <= eights) {
             const index_t r = (i - 1) * kEight;
             if (!last.template find_rstd<Center>(count, all, r)) {
-                finish<X>(ends);
+                ends.finish();
                 return r;
             }
         }
         if (squaring) now.template find_variances<Center>(lanes_by_halves<T>(squares), count);
         if (adds) next.find_means(lanes_by_halves<double>(sums), count);
     }
-    finish<X>(ends);
+    ends.finish();
     return eights * kEight;
 }
 
@@ -234,7 +192,7 @@ index_t forward_in_eights(const ForwardEights<Compute<X>>& all) {
     if constexpr (kAboutOrigin<X> || kLoose) {
         return 0;
     } else {
-        return with_stores<X>(all.stream, all.y, all.lanes, [&](auto how) {
+        return with_stores_of_eights<X>(all.stream, all.y, all.lanes, [&](auto how) {
             const auto kernel = all.center ? (all.w_lane ? forward_in_eights_as<X, true, true, how>
                                                          : forward_in_eights_as<X, true, false, how>)
                                            : (all.w_lane ? forward_in_eights_as<X, false, true, how>
@@ -264,12 +222,10 @@ struct EightBackward {
 };
 
 template <class X, bool Center, bool Sum, Stores How>
-index_t backward_in_eights_as(const BackwardEights& of) {
+index_t backward_in_eights_as(const BackwardEights& all) {
     using T = Compute<X>;
     constexpr index_t kMost = kMostOfEight / 2;
-    BackwardEights all = of;
-    alignas(64) T aligned[kMost], sum[kMost + kWidth<X>], sum_xhat[kMost + kWidth<X>];
-    if (all.rows >= kWorthAligning) align<T>(all.w, all.lanes, aligned);
+    alignas(64) T sum[kMost + kWidth<X>], sum_xhat[kMost + kWidth<X>];
     const auto clear = [&] {
         for (index_t l = 0; Sum && l < all.lanes + kWidth<X>; ++l) sum[l] = sum_xhat[l] = 0;
     };
@@ -278,7 +234,7 @@ index_t backward_in_eights_as(const BackwardEights& of) {
     const Adder<T> plus;
     Vec<X> sums_g[kEight], sums_d[kEight];
     EightBackward<T> in_hand[2];
-    auto ends = ends_of<X, How>(all.dx);
+    EndsOf<X, How, true> ends;
 
     constexpr index_t kInChain = kSumRows / kEight;  // eights that are added up, lane by lane, in one chain
     static_assert(kSumRows % kEight == 0);
@@ -311,7 +267,7 @@ index_t backward_in_eights_as(const BackwardEights& of) {
                 continue;
             }
             const Split<T> s{now.mean.hi[j], now.mean.lo[j], now.rstd[j], 1};
-            WritingDx<X, Sum, How != Stores::cached, EndsOf<X, How>> writing(
+            WritingDx<X, Sum, How> writing(
                 all, r + j, s, DxTerms<T>{now.terms.e[j], now.terms.c[j]}, sum, sum_xhat, ends);
             if (adds) add_up(writing);
             writing.rest();
@@ -323,7 +279,7 @@ index_t backward_in_eights_as(const BackwardEights& of) {
             clear();
         }
     }
-    finish<X>(ends);
+    ends.finish();
     return eights * kEight;
 }
 
@@ -332,7 +288,7 @@ index_t backward_in_eights(const BackwardEights& all) {
     if constexpr (kAboutOrigin<X>) {
         return 0;
     } else {
-        return with_stores<X>(all.stream, all.dx, all.lanes, [&](auto how) {
+        return with_stores_of_eights<X>(all.stream, all.dx, all.lanes, [&](auto how) {
             const auto kernel = all.mean ? (all.sum_g ? backward_in_eights_as<X, true, true, how>
                                                       : backward_in_eights_as<X, true, false, how>)
                                          : (all.sum_g ? backward_in_eights_as<X, false, true, how>

@@ -76,6 +76,43 @@ class LeafReader {
     Nest runs_, run_;
 };
 
+// Weight or bias that is one a lane, for kernels that take row after row: where the caller's does not lie so that no
+// vector crosses a line, a copy that does. Past the caches, vectors begin where lines of x do (head_of_row).
+template <class X>
+class OnLines {
+    using T = Compute<X>;
+
+  public:
+    OnLines(const Plan& plan, const Schedule& schedule, const char* x, const char* y, const char* parameter, Dtype dtype,
+            Operand o)
+        : at_(parameter) {
+        constexpr index_t kLanes = kLine / index_t{sizeof(T)}, kWorth = 32;
+        if (!parameter || dtype != kDtype<T> || !schedule.by_row || plan.sets < kWorth) return;
+        const Nest run = collapse(plan.run, bit(kX) | bit(o));
+        if (plan.runs.size() != 1 || run.n != 1 || run.inner().stride[o] != index_t{sizeof(T)}) return;
+        bool alike = true;  // rows of x, by where their lines begin
+        for (int i = 0; i < plan.kept.n; ++i) {
+            if (plan.kept.axis[i].stride[o] != 0) return;
+            alike = alike && plan.kept.axis[i].stride[kX] % kLine == 0;
+        }
+        const Axis& next = plan.kept.inner();
+        const In rows{x, next.stride[kX]};
+        const Out written{const_cast<char*>(y), next.stride[kY]};
+        const bool behind = schedule.stream && !schedule.in_eights && alike &&
+                            begins_on_lines(rows, written, run.inner().extent * index_t{sizeof(X)});
+        const index_t first = behind ? static_cast<index_t>(reinterpret_cast<std::uintptr_t>(x) / sizeof(X)) % kLanes : 0;
+        if (reinterpret_cast<std::uintptr_t>(parameter) % kLine == first * sizeof(T)) return;
+        copy_ = Buffer<T>(first + run.inner().extent);
+        std::memcpy(&copy_[first], parameter, static_cast<std::size_t>(run.inner().extent) * sizeof(T));
+        at_ = reinterpret_cast<const char*>(&copy_[first]);
+    }
+    const char* get() const { return at_; }
+
+  private:
+    Buffer<T> copy_;
+    const char* at_;
+};
+
 constexpr index_t kLeavesAtOnce = 64;  // in one call of a kernel
 
 // Goes through the leaves of neighbouring sets. Step by step: to find each leaf by its number took a fifth as long as

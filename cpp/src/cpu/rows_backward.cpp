@@ -47,7 +47,8 @@ class RowsBackward {
   public:
     RowsBackward(const Plan& plan, const BackwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule)
         : plan_(plan),
-          call_(call),
+          weight_(plan, schedule, call.x, call.dx, call.weight, call.weight_dtype, kWeight),
+          call_(with_weight(call, weight_.get())),
           k_(kernels),
           schedule_(schedule),
           cells_(plan),
@@ -76,6 +77,10 @@ class RowsBackward {
     }
 
   private:
+    static BackwardCall with_weight(BackwardCall call, const char* weight) {
+        call.weight = weight;
+        return call;
+    }
     bool wants_set_sums() const { return call_.dx && !call_.constant_statistics; }
 
     void load_statistics(index_t first, index_t sets) {
@@ -491,7 +496,8 @@ class RowsBackward {
     }
 
     const Plan& plan_;
-    const BackwardCall& call_;
+    const OnLines<X> weight_;
+    const BackwardCall call_;
     const KernelPair<X>& k_;
     const Schedule schedule_;
     const Cells cells_;

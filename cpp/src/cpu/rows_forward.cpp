@@ -37,7 +37,9 @@ class RowsForward {
   public:
     RowsForward(const Plan& plan, const ForwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule)
         : plan_(plan),
-          call_(call),
+          weight_(plan, schedule, call.x, call.y, call.weight, call.weight_dtype, kWeight),
+          bias_(plan, schedule, call.x, call.y, call.bias, call.bias_dtype, kBias),
+          call_(with_parameters(call, weight_.get(), bias_.get())),
           k_(kernels),
           schedule_(schedule),
           leaves_(plan.runs.size(), plan.run.size()),
@@ -46,7 +48,8 @@ class RowsForward {
           elements_(collapse(set_, kForwardOperands)),
           in_place_(read_x_.in_place(leaves_.rows)),
           tiles_(plan, elements_, sizeof(X), together(call, schedule), call.given ? kGivenAtOnce<T> : kSetsAtOnce),
-          in_rows_(goes_in_rows()) {}
+          in_rows_(goes_in_rows()),
+          y_on_lines_(lies_on_lines()) {}
 
     void run() {
         if (schedule_.resident && !schedule_.split) {
@@ -61,6 +64,11 @@ class RowsForward {
   private:
     static Together together(const ForwardCall& call, const Schedule& schedule) {
         return call.given ? Together::given : schedule.by_row ? Together::beside : Together::in_turn;
+    }
+    static ForwardCall with_parameters(ForwardCall call, const char* weight, const char* bias) {
+        call.weight = weight;
+        call.bias = bias;
+        return call;
     }
     static Unwritten<X>* nothing() { return nullptr; }
 
@@ -333,6 +341,14 @@ class RowsForward {
                as_it_lies(call_.bias, call_.bias_dtype, kBias) && tiles_.template go_in_rows<T>();
     }
 
+    // Whether all rows of y begin on lines.
+    bool lies_on_lines() const {
+        if (!schedule_.stream || !on_line(call_.y)) return false;
+        const auto on_lines = [](const Axis& a) { return a.stride[kY] % kLine == 0; };
+        return std::all_of(plan_.kept.axis, plan_.kept.axis + plan_.kept.n, on_lines) &&
+               std::all_of(elements_.axis, elements_.axis + elements_.n - 1, on_lines);
+    }
+
     bool write_in_rows(const Batch& batch) const {
         if (!in_rows_ || batch.statistics.tile(0, 1, 0, batch.n).scale) return false;
         tiles_.template for_rows<T>(
@@ -415,11 +431,13 @@ class RowsForward {
                 tile.rows,
                 tile.lanes,
                 schedule_.stream,
-                schedule_.far};
+                schedule_.far,
+                y_on_lines_};
     }
 
     const Plan& plan_;
-    const ForwardCall& call_;
+    const OnLines<X> weight_, bias_;
+    const ForwardCall call_;
     const KernelPair<X>& k_;
     const Schedule schedule_;
     const Leaves leaves_;
@@ -428,6 +446,7 @@ class RowsForward {
     const bool in_place_;  // kernels read x as it lies, leaf by leaf
     const SetTiles tiles_;
     const bool in_rows_;  // as which neighbouring sets are written
+    const bool y_on_lines_;
 };
 
 }  // namespace

@@ -240,65 +240,24 @@ NK_INLINE void store_first(char* p, Vec<X> v, int n) {
 #endif
 }
 
-// Whole vectors that follow each other in memory, past the caches, wherever they begin: what one has beyond a boundary
-// waits for the next, and they are joined by a shuffle. Other instruction sets have no shuffle that is told how far.
 #if defined(__AVX512BW__)
-constexpr bool kCanJoin = true;
-
+// n lanes, 0 < n < kWidth<X>, as the last ones of a vector; the others are zero.
 template <class X>
-class Joined {
-  public:
-    NK_INLINE explicit Joined(char* p)
-        : ahead_(static_cast<int>(reinterpret_cast<std::uintptr_t>(p) % kMemoryBytes<X> / sizeof(X))),
-          to_(p - ahead_ * static_cast<int>(sizeof(X))) {
-        // Of two vectors side by side, from `ahead` lanes before the second on.
-        constexpr int W = kWidth<X>;
-        using Number = std::conditional_t<sizeof(X) == 2, std::uint16_t, std::uint32_t>;
-        Number lanes[W];
-        for (int i = 0; i < W; ++i) lanes[i] = static_cast<Number>(W - ahead_ + i);
-        __builtin_memcpy(&from_, lanes, sizeof from_);
+NK_INLINE Vec<X> load_last(const char* p, int n) {
+    const int first = kWidth<X> - n;
+    const unsigned lanes = ~0u << first;
+    p -= first * static_cast<int>(sizeof(X));
+    if constexpr (sizeof(X) == 2) {
+        return decoded<X>((Halves)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), p));
+    } else if constexpr (sizeof(X) == 4) {
+        return (Vec<X>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p);
+    } else {
+        return (Vec<X>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), p);
     }
-    NK_INLINE void put(Vec<X> v) {
-        const Raw<X> now = encoded<X>(v), line = joined(now);
-        if (begun_) {
-            stream_raw<X>(to_, line);
-        } else if constexpr (sizeof(X) == 2) {
-            _mm256_mask_storeu_epi16(to_, static_cast<__mmask16>(~0u << ahead_), (__m256i)line);
-        } else {
-            _mm512_mask_storeu_ps(to_, static_cast<__mmask16>(~0u << ahead_), (__m512)line);
-        }
-        begun_ = true;
-        last_ = now;
-        to_ += kMemoryBytes<X>;
-    }
-    NK_INLINE void finish() {
-        const Raw<X> line = joined(last_);
-        if (begun_) __builtin_memcpy(to_, &line, static_cast<std::size_t>(ahead_) * sizeof(X));
-    }
-
-  private:
-    NK_INLINE Raw<X> joined(Raw<X> now) const {
-        if constexpr (sizeof(X) == 2) {
-            return (Raw<X>)_mm256_permutex2var_epi16((__m256i)last_, (__m256i)from_, (__m256i)now);
-        } else {
-            return (Raw<X>)_mm512_permutex2var_ps((__m512)last_, (__m512i)from_, (__m512)now);
-        }
-    }
-
-    const int ahead_;  // elements of the vector before in each vector of memory
-    char* to_;
-    Raw<X> from_, last_ = {};
-    bool begun_ = false;
-};
+}
 #else
-constexpr bool kCanJoin = false;
-
 template <class X>
-struct Joined {
-    explicit Joined(char*) {}
-    void put(Vec<X>) {}
-    void finish() {}
-};
+Vec<X> load_last(const char*, int);  // nobody does
 #endif
 
 // A vector's lanes as doubles: the first half of them, then the second. For double it is the vector itself.
@@ -416,6 +375,11 @@ NK_INLINE Vec<T> join_at(Vec<T> a, Vec<T> b, int n) {
 template <class T>
 NK_INLINE Vec<T> keep_first(Vec<T> v, int n) {
     return join_at<T>(v, Vec<T>{}, n);
+}
+
+template <class T>
+NK_INLINE Vec<T> keep_last(Vec<T> v, int n) {
+    return join_at<T>(Vec<T>{}, v, kWidth<T> - n);
 }
 
 template <class T, int N>

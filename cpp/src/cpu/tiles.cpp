@@ -16,7 +16,8 @@ constexpr index_t kConstantLanes = kMostSums / static_cast<index_t>(sizeof(T));
 
 template <class T>
 struct Constants {
-    T one[kConstantLanes<T>], zero[kConstantLanes<T>];
+    alignas(64) T one[kConstantLanes<T>];
+    alignas(64) T zero[kConstantLanes<T>];
     Constants() {
         for (index_t i = 0; i < kConstantLanes<T>; ++i) one[i] = 1, zero[i] = 0;
     }
@@ -302,7 +303,7 @@ template <class X>
 bool to_write_beside(const ApplyTo<X>& t, Unwritten<X>* out) {
     using T = Compute<X>;
     if (t.s.lane || !contiguous<X>(t.x, t.lanes) || !contiguous<X>(t.y, t.lanes)) return false;
-    *out = {in(t.x), out_of(t.y), in(t.w), in(t.b), t.s, t.rows, t.lanes, t.stream, t.far};
+    *out = {in(t.x), out_of(t.y), in(t.w), in(t.b), t.s, t.rows, t.lanes, t.stream, t.far, t.lines};
     if (per_row<T>(t.w, t.lanes) && per_row<T>(t.b, t.lanes)) return true;
     out->w_lane = true;
     out->w_constant = t.w.p == one<T>().p;
