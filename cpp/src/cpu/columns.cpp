@@ -447,7 +447,7 @@ class ColumnsBackward {
                 }
                 backward(k_, tile(call_.dy, call_.dtype, kDy, dy), tile(call_.x, call_.dtype, kX, x),
                          weighted() ? tile(call_.weight, call_.weight_dtype, kWeight, w) : one<T>(), Strided{}, shifted,
-                         n, lanes, sum_g + l, sum_g_xhat + l, false);
+                         n, lanes, {sum_g + l, sum_g_xhat + l}, false);
             }
         }
     }
@@ -466,7 +466,7 @@ class ColumnsBackward {
         for (index_t r = 0; r < rows; r += kSumRows) {
             if (r % kRowsBetweenQuestions == 0 && gives_up()) return;
             const index_t n = rows - r < kSumRows ? rows - r : kSumRows;
-            backward(k_, dy, x, w, Strided{}, s, n, lanes, sum_g, sum_g_xhat, schedule_.far);
+            backward(k_, dy, x, w, Strided{}, s, n, lanes, {sum_g, sum_g_xhat}, schedule_.far);
             for (Strided* operand : {&dy, &x, &w}) operand->p += n * operand->row;
         }
     }
@@ -496,7 +496,7 @@ class ColumnsBackward {
     void dx_tile(const Unit& u, const Tiles& tiles, index_t t) const {
         const TileStatistics<T> s = statistics_.of(units_.set(u), u.lanes);
         const Tiles::Tile tile = tiles[t];
-        write_dx(k_, call_, units_.at(u) + tile.at, tiles, tile.rows, u.lanes, s, nullptr, nullptr, schedule_.stream);
+        write_dx(k_, call_, units_.at(u) + tile.at, tiles, tile.rows, u.lanes, s, {}, schedule_.stream);
     }
 
     const Plan& plan_;

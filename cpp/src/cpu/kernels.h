@@ -27,6 +27,16 @@ struct Sums {
     }
 };
 
+// Sums down the rows, one a lane, that more rows are added to; null: not wanted. fresh: there are none yet, and what
+// lies there is not read. (Clearing it first is no matter of arithmetic: those stores wait behind results that go past
+// the caches, and took a third of the backward pass of one row of 10^6.)
+struct DownSums {
+    double *g = nullptr, *g_xhat = nullptr;
+    bool fresh = false;
+
+    DownSums at(index_t lane) const { return g ? DownSums{g + lane, g_xhat + lane, fresh} : *this; }
+};
+
 // Rows of bytes with a fixed distance. Lanes are contiguous.
 template <class P>
 struct Rows {
@@ -47,11 +57,9 @@ bool on_lines(Rows<P> a) {
 
 // Whether the vectors of rows that are written past the caches begin where lines of x do, behind the first lanes of a
 // row, and not with the row. Between such stores each load that crosses a line takes some cycles more, also in L1: time
-// with loads that do over time without, rows 16 bytes past a line (one thread of a Zen 5): rms norm 4096 x 1023 1.3, its
-// backward pass 1.1; layer norm 4096 x 768 0.92 if stores lie on lines, else 1.1; backward 6272 x 256 0.8.
-inline bool begins_on_lines(In x, Out y, index_t bytes) {
-    return !on_lines(x) && bytes >= (on_lines(y) ? 3584 : 2048);
-}
+// with loads that do over time without, rows 16 bytes past a line (one thread of a Zen 5): rms norm 4096 x 1023 1.3,
+// its backward pass 1.1; layer norm 4096 x 768 0.92 if stores lie on lines, else 1.1; backward 6272 x 256 0.8.
+inline bool begins_on_lines(In x, Out y, index_t bytes) { return !on_lines(x) && bytes >= (on_lines(y) ? 3584 : 2048); }
 
 // Leaves of one shape at one distance: `leaves` of them, `leaf` bytes apart, each `rows` runs of `lanes` contiguous
 // elements. Preconditions: 1 <= rows * ceil(lanes / kStep) <= kLeafSteps; where there are several rows, all series of a
@@ -115,7 +123,7 @@ struct Unwritten {
 };
 
 // Sets that are one row each, of at most kMostSums bytes, for a backward pass. The means that dx needs are computed on
-// the way, to where s.mean_g and s.mean_g_xhat point. No sums are added down the lanes where sum_g is null.
+// the way, to where s.mean_g and s.mean_g_xhat point.
 constexpr index_t kMostSums = 32 * 1024;
 template <class T>
 struct BackwardRows {
@@ -125,7 +133,7 @@ struct BackwardRows {
     index_t rows = 0, lanes = 0;
     bool stream = false, far = false;  // far: dy and x come from memory, and what is read next is asked for
     bool center = true;
-    double *sum_g = nullptr, *sum_g_xhat = nullptr;
+    DownSums sums;
     T *mean_g = nullptr, *mean_g_xhat = nullptr;
 };
 
@@ -144,15 +152,14 @@ struct ForwardEights {
     double *mean = nullptr, *rstd = nullptr, *M2 = nullptr;
 };
 
-// And backward, of half as many. w is one a lane; mean is null where there is none. sum_g, sum_g_xhat: as in
-// BackwardRows.
+// And backward, of half as many. w is one a lane; mean is null where there is none.
 struct BackwardEights {
     In dy, x, w;
     Out dx;
     index_t rows = 0, lanes = 0;
     bool stream = false, far = false;
     const double *mean = nullptr, *rstd = nullptr;
-    double *sum_g = nullptr, *sum_g_xhat = nullptr;
+    DownSums sums;
 };
 
 template <class X>
@@ -196,11 +203,13 @@ struct Kernels {
 
     // Down the rows: dx, or the sums of each lane, or both in one reading. First index: statistics are one entry a row
     // (0) or a lane (1); second: w likewise. Sums alone (dx.p null) are of g = w * dy, as the mean over S wants; beside
-    // dx they are of dy, as the gradient of w wants. They are added to sum_g, sum_g_xhat (null: no sums). stream: dx
-    // goes past the caches; for sums alone: dy and x come from memory, and the rows that follow are asked for.
-    // Precondition for sums: rows <= kSumRows.
-    void (*backward_down[2][2])(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, double* sum_g,
-                                double* sum_g_xhat, bool stream);
+    // dx they are of dy, as the gradient of w wants. stream: dx goes past the caches; for sums alone: dy and x come
+    // from memory, and the rows that follow are asked for. Precondition for sums: rows <= kSumRows.
+    void (*backward_down[2][2])(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, DownSums sums,
+                                bool stream);
+
+    // n doubles, each rounded to the nearest number of T. stream: past the caches.
+    void (*narrow)(const double* from, index_t n, char* to, bool stream);
 
     // y = x: the yardstick of the benchmarks.
     void (*copy)(In x, Out y, index_t rows, index_t lanes, bool stream);

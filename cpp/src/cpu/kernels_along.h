@@ -13,7 +13,7 @@ namespace {
 // elements took 1.4 times as long as 64 on layer norm 4096 x 768 (one thread of a Zen 4).
 constexpr index_t kTurn = 64;
 struct Nothing {
-    static constexpr bool kBehindHead = false;  // for_steps_behind
+    static constexpr bool kBehindHead = false;     // for_steps_behind
     NK_INLINE bool asks() const { return false; }  // whether lines are to be asked for ahead
     NK_INLINE index_t turns() const { return std::numeric_limits<index_t>::max(); }
     NK_INLINE void turn() {}
@@ -25,8 +25,8 @@ struct NothingBehind : Nothing {
     NK_INLINE index_t head_of_leaf(const char*) const { return head; }
 };
 
-// Asks for the next lines, if those of the lanes before `end` have not all been asked for. None may be left out: the wait
-// for one is as long as the arithmetic of hundreds of elements.
+// Asks for the next lines, if those of the lanes before `end` have not all been asked for. None may be left out: the
+// wait for one is as long as the arithmetic of hundreds of elements.
 template <class B>
 NK_INLINE void ask_up_to(index_t end, index_t& asked, B& block) {
     if (asked >= end) return;
@@ -964,7 +964,8 @@ class ApplyingTile {
   public:
     static constexpr bool kBehindHead = WLane && How == Stores::joined;
     NK_INLINE static index_t head_of_leaf(const char* x) { return head_of<X>(x); }
-    NK_INLINE ApplyingTile(Unwritten<X>& tile, EndsOf<X, How, WLane>& ends) : tile_(tile), ends_(ends), row_(tile, ends) {}
+    NK_INLINE ApplyingTile(Unwritten<X>& tile, EndsOf<X, How, WLane>& ends)
+        : tile_(tile), ends_(ends), row_(tile, ends) {}
     NK_INLINE bool asks() const { return How != Stores::cached || tile_.far; }
     NK_INLINE index_t turns() const { return tile_.done() ? 0 : std::numeric_limits<index_t>::max(); }
     NK_INLINE void turn() {
@@ -1089,6 +1090,15 @@ void dx_along(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows,
     });
 }
 
+template <class T>
+NK_INLINE void add(const T* sums, index_t lanes, double* to, bool fresh) {
+    if (fresh) {
+        for (index_t l = 0; l < lanes; ++l) to[l] = 0 + static_cast<double>(sums[l]);
+    } else {
+        for (index_t l = 0; l < lanes; ++l) to[l] += static_cast<double>(sums[l]);
+    }
+}
+
 // Sums down rows of at most `most` lanes, one a lane. No vector of them crosses a line.
 template <class X, index_t most>
 struct DownLanes {
@@ -1101,9 +1111,9 @@ struct DownLanes {
         sum_xhat = room_[1] + first_lane<X>(head);
         for (index_t l = 0; l < lanes + kWidth<X>; ++l) sum[l] = sum_xhat[l] = 0;
     }
-    NK_INLINE void add_to(double* sum_g, double* sum_g_xhat, index_t lanes) const {
-        for (index_t l = 0; l < lanes; ++l) sum_g[l] += static_cast<double>(sum[l]);
-        for (index_t l = 0; l < lanes; ++l) sum_g_xhat[l] += static_cast<double>(sum_xhat[l]);
+    NK_INLINE void add_to(DownSums all, index_t lanes) const {
+        add<T>(sum, lanes, all.g, all.fresh);
+        add<T>(sum_xhat, lanes, all.g_xhat, all.fresh);
     }
 
   private:
@@ -1226,19 +1236,43 @@ void backward_row_by_row(const BackwardRows<Compute<X>>& all) {
         }
     }
     ends.finish();
-    if constexpr (Sum) down.add_to(all.sum_g, all.sum_g_xhat, all.lanes);
+    if constexpr (Sum) down.add_to(all.sums, all.lanes);
 }
 
 template <class X>
 void backward_rows(const BackwardRows<Compute<X>>& all) {
     with_row_stores<X, true>(all.stream, all.x, all.dx, all.lanes, on_lines(all.dx), [&](auto how) NK_INLINE_LAMBDA {
         const bool is_beside = sizeof(X) == 2 || bytes<X>(all.lanes) <= kLongestBeside;
-        const auto kernel = is_beside ? (all.sum_g ? backward_row_by_row<X, true, how, true>
-                                                   : backward_row_by_row<X, false, how, true>)
-                                      : (all.sum_g ? backward_row_by_row<X, true, how, false>
-                                                   : backward_row_by_row<X, false, how, false>);
+        const auto kernel =
+            is_beside
+                ? (all.sums.g ? backward_row_by_row<X, true, how, true> : backward_row_by_row<X, false, how, true>)
+                : (all.sums.g ? backward_row_by_row<X, true, how, false> : backward_row_by_row<X, false, how, false>);
         kernel(all);
     });
+}
+
+template <class T, bool Stream>
+NK_INLINE void narrow_all(const double* from, index_t n, char* to) {
+    constexpr int W = kWidth<double>;
+    for_vectors<T>(n, Stream ? head_of_row<T>(to, n) : 0, [=](index_t i, int count) NK_INLINE_LAMBDA {
+        Widened<T> wide;
+#pragma GCC unroll 2
+        for (int j = 0; j < Widened<T>::kVectors; ++j) {
+            const int left = count - j * W;
+            const char* const p = reinterpret_cast<const char*>(from + i + j * W);
+            wide.v[j] = left > 0 ? load_rest<double>(p, left) : Vec<double>{};
+        }
+        put<T, Stream>(to + bytes<T>(i), narrowed<T>(wide), count);
+    });
+}
+
+template <class T>
+void narrow(const double* from, index_t n, char* to, bool stream) {
+    if (stream && reinterpret_cast<std::uintptr_t>(to) % sizeof(T) == 0) {
+        narrow_all<T, true>(from, n, to);
+    } else {
+        narrow_all<T, false>(from, n, to);
+    }
 }
 
 template <class X, bool Stream>

@@ -760,20 +760,26 @@ NK_INLINE void backward_down_rows(In dy, In x, In w, Out dx, Statistics<Compute<
 // power of two apart more often than not.
 template <class X, Stores How>
 NK_INLINE void backward_by_row(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes,
-                               double* sum_g, double* sum_g_xhat) {
+                               DownSums sums) {
     using T = Compute<X>;
     DownLanes<X, kLeafLanes> down;
     for (index_t lane = 0; lane < lanes; lane += kLeafLanes) {
         const index_t n = lanes - lane < kLeafLanes ? lanes - lane : kLeafLanes, o = bytes<X>(lane);
-        const BackwardRows<T> part{
-            shifted(dy, 0, o), shifted(x, 0, o), shifted(w, 0, bytes<T>(lane)), shifted(dx, 0, o), s, rows, n};
+        BackwardRows<T> part;
+        part.dy = shifted(dy, 0, o);
+        part.x = shifted(x, 0, o);
+        part.w = shifted(w, 0, bytes<T>(lane));
+        part.dx = shifted(dx, 0, o);
+        part.s = s;
+        part.rows = rows;
+        part.lanes = n;
         down.begin(How == Stores::joined ? head_of_joined<X, true>(part.x, part.dx, 0, n) : 0, n);
         EndsOf<X, How, true> ends;
         for (index_t r = 0; r < rows; ++r) {
             WritingDx<X, true, How>(part, r, down.sum, down.sum_xhat, ends).rest();
         }
         ends.finish();
-        down.add_to(sum_g + lane, sum_g_xhat + lane, n);
+        down.add_to(sums.at(lane), n);
     }
 }
 
@@ -832,19 +838,21 @@ NK_INLINE void sums_by_row(In dy, In x, In w, Statistics<Compute<X>> s, index_t 
 }
 
 template <class X, bool SLane, bool WLane>
-void backward_down(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes, double* sum_g,
-                   double* sum_g_xhat, bool stream) {
+void backward_down(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes, DownSums sums,
+                   bool stream) {
+    double *const sum_g = sums.g, *const sum_g_xhat = sums.g_xhat;
     const bool without_gap =
         SLane && !sum_g && w.row == 0 && x.row == bytes<X>(lanes) && dy.row == x.row && dx.row == x.row;
     const bool streamed = stream && can_stream_down<X>(dx, lanes, without_gap);
     if constexpr (!SLane && WLane) {
         if (dx.p && sum_g && lanes >= kRowByRow) {
             with_row_stores<X, true>(stream, x, dx, lanes, on_lines(dx), [&](auto how) NK_INLINE_LAMBDA {
-                backward_by_row<X, how>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
+                backward_by_row<X, how>(dy, x, w, dx, s, rows, lanes, sums);
             });
             return;
         }
     }
+    for (index_t l = 0; sum_g && sums.fresh && l < lanes; ++l) sum_g[l] = sum_g_xhat[l] = 0;
     if (!dx.p) {
         if (stream && lanes >= kSumsByRow) {
             sums_by_row<X, SLane, WLane>(dy, x, w, s, rows, lanes, sum_g, sum_g_xhat);

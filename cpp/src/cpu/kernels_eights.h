@@ -267,15 +267,16 @@ index_t backward_in_eights_as(const BackwardEights& all) {
                 continue;
             }
             const Split<T> s{now.mean.hi[j], now.mean.lo[j], now.rstd[j], 1};
-            WritingDx<X, Sum, How> writing(
-                all, r + j, s, DxTerms<T>{now.terms.e[j], now.terms.c[j]}, sum, sum_xhat, ends);
+            WritingDx<X, Sum, How> writing(all, r + j, s, DxTerms<T>{now.terms.e[j], now.terms.c[j]}, sum, sum_xhat,
+                                           ends);
             if (adds) add_up(writing);
             writing.rest();
         }
         if (adds) next.template find_terms<Center>(lanes_by_halves<T>(sums_g), lanes_by_halves<T>(sums_d), count);
         if (Sum && i >= 0 && (i + 1) % kInChain == 0) {
-            for (index_t l = 0; l < all.lanes; ++l) all.sum_g[l] += static_cast<double>(sum[l]);
-            for (index_t l = 0; l < all.lanes; ++l) all.sum_g_xhat[l] += static_cast<double>(sum_xhat[l]);
+            const bool fresh = all.sums.fresh && i + 1 == kInChain;
+            add<T>(sum, all.lanes, all.sums.g, fresh);
+            add<T>(sum_xhat, all.lanes, all.sums.g_xhat, fresh);
             clear();
         }
     }
@@ -289,10 +290,10 @@ index_t backward_in_eights(const BackwardEights& all) {
         return 0;
     } else {
         return with_stores_of_eights<X>(all.stream, all.dx, all.lanes, [&](auto how) {
-            const auto kernel = all.mean ? (all.sum_g ? backward_in_eights_as<X, true, true, how>
-                                                      : backward_in_eights_as<X, true, false, how>)
-                                         : (all.sum_g ? backward_in_eights_as<X, false, true, how>
-                                                      : backward_in_eights_as<X, false, false, how>);
+            const auto kernel = all.mean ? (all.sums.g ? backward_in_eights_as<X, true, true, how>
+                                                       : backward_in_eights_as<X, true, false, how>)
+                                         : (all.sums.g ? backward_in_eights_as<X, false, true, how>
+                                                       : backward_in_eights_as<X, false, false, how>);
             return kernel(all);
         });
     }

@@ -22,6 +22,7 @@ using normkit::Split;
 using normkit::cpu::BackwardEights;
 using normkit::cpu::BackwardRows;
 using normkit::cpu::begins_on_lines;
+using normkit::cpu::DownSums;
 using normkit::cpu::ForwardEights;
 using normkit::cpu::In;
 using normkit::cpu::kEight;

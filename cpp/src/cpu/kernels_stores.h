@@ -39,8 +39,8 @@ NK_INLINE index_t head_of_row(const char* p, index_t lanes) {
     return head < lanes ? head : lanes;
 }
 
-// The lanes of row r that go by themselves where rows are joined (EndsOf): to a boundary of y; or of x, if all rows begin
-// alike, and with them what is one a lane.
+// The lanes of row r that go by themselves where rows are joined (EndsOf): to a boundary of y; or of x, if all rows
+// begin alike, and with them what is one a lane.
 template <class X, bool PerLane>
 NK_INLINE index_t head_of_joined(In x, Out y, index_t r, index_t lanes) {
     if (!kCanJoin || !PerLane) return head_of_row<X>(y.at(r), lanes);
@@ -255,11 +255,11 @@ template <class X, class F>
 NK_INLINE auto with_stores(bool stream, bool lines, F f) {
     if (!stream) return f(std::integral_constant<Stores, Stores::cached>{});
     return lines ? f(std::integral_constant<Stores, Stores::lines>{})
-                    : f(std::integral_constant<Stores, Stores::joined>{});
+                 : f(std::integral_constant<Stores, Stores::joined>{});
 }
 
-// The same, past the caches where rows can be joined or are long. Time with such stores over time without, rows 16 bytes
-// past a line, backward (one thread of a Zen 5): 64 lanes 1.2, 128 0.75.
+// The same, past the caches where rows can be joined or are long. Time with such stores over time without, rows 16
+// bytes past a line, backward (one thread of a Zen 5): 64 lanes 1.2, 128 0.75.
 template <class X, bool PerLane, class F>
 NK_INLINE void with_row_stores(bool stream, In x, Out y, index_t lanes, bool lines, F f) {
     constexpr index_t kRow = 512;

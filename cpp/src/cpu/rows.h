@@ -83,8 +83,8 @@ class OnLines {
     using T = Compute<X>;
 
   public:
-    OnLines(const Plan& plan, const Schedule& schedule, const char* x, const char* y, const char* parameter, Dtype dtype,
-            Operand o)
+    OnLines(const Plan& plan, const Schedule& schedule, const char* x, const char* y, const char* parameter,
+            Dtype dtype, Operand o)
         : at_(parameter) {
         constexpr index_t kLanes = kLine / index_t{sizeof(T)}, kWorth = 32;
         if (!parameter || dtype != kDtype<T> || !schedule.by_row || plan.sets < kWorth) return;
@@ -100,7 +100,8 @@ class OnLines {
         const Out written{const_cast<char*>(y), next.stride[kY]};
         const bool behind = schedule.stream && !schedule.in_eights && alike &&
                             begins_on_lines(rows, written, run.inner().extent * index_t{sizeof(X)});
-        const index_t first = behind ? static_cast<index_t>(reinterpret_cast<std::uintptr_t>(x) / sizeof(X)) % kLanes : 0;
+        const index_t first =
+            behind ? static_cast<index_t>(reinterpret_cast<std::uintptr_t>(x) / sizeof(X)) % kLanes : 0;
         if (reinterpret_cast<std::uintptr_t>(parameter) % kLine == first * sizeof(T)) return;
         copy_ = Buffer<T>(first + run.inner().extent);
         std::memcpy(&copy_[first], parameter, static_cast<std::size_t>(run.inner().extent) * sizeof(T));

@@ -299,7 +299,7 @@ class RowsBackward {
     }
 
     void dx_tile(const Offsets& set, const Tiles& tiles, const Tiles::Tile& tile, const TileStatistics<T>& s) const {
-        write_dx(k_, call_, set + tile.at, tiles, tile.rows, tile.lanes, s, nullptr, nullptr, schedule_.stream);
+        write_dx(k_, call_, set + tile.at, tiles, tile.rows, tile.lanes, s, {}, schedule_.stream);
     }
 
     // Layer, rms: dx and the gradients of the parameters in one reading, down kSumRows rows at a time. The rows that
@@ -325,15 +325,15 @@ class RowsBackward {
             const index_t lanes = extent - lane < lanes_per ? extent - lane : lanes_per;
             if (lanes <= 0) return;
             double own[2 * kLeafLanes];
-            double* sum_g = nullptr;
+            DownSums of_block;
             if (single) {
-                sum_g = own;
+                of_block = {own, own + kLeafLanes};
             } else if (call_.parameters) {
-                sum_g = &sums[2 * block * grid.width() + lane];
+                double* const first = &sums[2 * block * grid.width() + lane];
+                of_block = {first, first + grid.width()};
             }
-            double* const sum_g_xhat = sum_g ? sum_g + (single ? kLeafLanes : grid.width()) : nullptr;
-            block_of_rows(grid, blocks.first(block), blocks.size(block), lane, lanes, one_reading, sum_g, sum_g_xhat);
-            if (single) write_lanes(grid, 0, lane, lanes, sum_g, sum_g_xhat);
+            block_of_rows(grid, blocks.first(block), blocks.size(block), lane, lanes, one_reading, of_block);
+            if (single) write_lanes(grid, 0, lane, lanes, of_block, schedule_.stream);
         });
         if (call_.parameters && !single) fold_blocks(grid, blocks.count(), sums.get());
     }
@@ -360,41 +360,36 @@ class RowsBackward {
         index_t width() const { return others.size() * lanes.extent; }
     };
 
-    // dx of `lanes` lanes of some rows, and their sums down the rows to sum_g and sum_g_xhat (null: none).
+    // dx of `lanes` lanes of some rows, and their sums down the rows.
     // own_sets: the rows are sets, whose sums have not been taken yet.
     void block_of_rows(const Grid& grid, index_t first, index_t rows, index_t lane, index_t lanes, bool own_sets,
-                       double* sum_g, double* sum_g_xhat) {
+                       DownSums sums) {
         const index_t others = grid.others.size(), extent = grid.lanes.extent;
-        for (index_t o = 0; sum_g && o < others; ++o) {
-            for (index_t l = 0; l < lanes; ++l) sum_g[o * extent + l] = sum_g_xhat[o * extent + l] = 0;
-        }
         const Tiles tile(rows_and_lanes(grid.rows.inner(), grid.lanes), 0);
         for (index_t r = first; r < first + rows && !gives_up();) {
             const Axis& inner = grid.rows.inner();
             index_t n = std::min(inner.extent - r % inner.extent, first + rows - r);
             const Offsets row = grid.rows.offsets(r);
-            if (const index_t done = own_sets ? in_eights(row, tile, n, lanes, sum_g, sum_g_xhat) : 0) {
+            sums.fresh = r == first;
+            if (const index_t done = own_sets ? in_eights(row, tile, n, lanes, sums) : 0) {
                 r += done;
                 continue;
             }
             n = std::min(n, index_t{kSumRows});
             r += n;
-            if (own_sets && row_by_row(row, tile, n, lanes, sum_g, sum_g_xhat)) continue;
+            if (own_sets && row_by_row(row, tile, n, lanes, sums)) continue;
             if (own_sets) sums_of_sets(row[kSet], inner.stride[kSet], n);
             for (index_t o = 0; o < others; ++o) {
                 Offsets at = row + grid.others.offsets(o);
                 for (int k = 0; k < kOperands; ++k) at.at[k] += lane * grid.lanes.stride[k];
                 const TileStatistics<T> s = statistics_.tile(at[kSet], inner.stride[kSet], 0, n);
-                const index_t to = o * extent;
-                write_dx(k_, call_, at, tile, n, lanes, s, sum_g ? sum_g + to : nullptr,
-                         sum_g ? sum_g_xhat + to : nullptr, schedule_.stream);
+                write_dx(k_, call_, at, tile, n, lanes, s, sums.at(o * extent), schedule_.stream);
             }
         }
     }
 
     // The same for sets that are short rows, by a kernel that takes them eight at a time. Returns how many it has done.
-    index_t in_eights(const Offsets& at, const Tiles& tile, index_t rows, index_t lanes, double* sum_g,
-                      double* sum_g_xhat) const {
+    index_t in_eights(const Offsets& at, const Tiles& tile, index_t rows, index_t lanes, DownSums sums) const {
         if (!schedule_.in_eights || tile.rows.stride[kStatistic] != 1) return 0;
         rows = std::min(rows, kLongestPiece / lanes);
         return backward_in_eights(k_, operand(call_.dy, call_.dtype, at, tile, kDy),
@@ -402,13 +397,12 @@ class RowsBackward {
                                   parameter(call_.weight, call_.weight_dtype, at, tile, kWeight, one<T>()),
                                   operand(call_.dx, call_.dtype, at, tile, kY), rows, lanes,
                                   plan_.center ? call_.mean + at[kStatistic] : nullptr, call_.rstd + at[kStatistic],
-                                  sum_g, sum_g_xhat, schedule_.stream, schedule_.far);
+                                  sums, schedule_.stream, schedule_.far);
     }
 
     // The same for sets that are one row each, by a kernel that does the sums of one beside dx of another.
     // False where the kernels can't.
-    bool row_by_row(const Offsets& at, const Tiles& tile, index_t rows, index_t lanes, double* sum_g,
-                    double* sum_g_xhat) {
+    bool row_by_row(const Offsets& at, const Tiles& tile, index_t rows, index_t lanes, DownSums sums) {
         if (!schedule_.by_row || !set_is_row_ || elements_.n > 1) return false;
         if (tile.rows.stride[kSet] != 1) return false;
         load_statistics(at[kSet], rows);
@@ -417,8 +411,8 @@ class RowsBackward {
                              operand(call_.x, call_.dtype, at, tile, kX),
                              parameter(call_.weight, call_.weight_dtype, at, tile, kWeight, one<T>()),
                              operand(call_.dx, call_.dtype, at, tile, kY), statistics_.tile(first, 1, 0, rows), rows,
-                             lanes, sum_g, sum_g_xhat, schedule_.stream, schedule_.far, plan_.center,
-                             statistics_.mean_g() + first, statistics_.mean_g_xhat() + first);
+                             lanes, sums, schedule_.stream, schedule_.far, plan_.center, statistics_.mean_g() + first,
+                             statistics_.mean_g_xhat() + first);
     }
 
     // The sums of all blocks, in order, to the gradients.
@@ -435,16 +429,15 @@ class RowsBackward {
                              for (index_t l = 0; l < n; ++l) total[l] += g[l];
                              for (index_t l = 0; l < n; ++l) total_xhat[l] += g_xhat[l];
                          }
-                         write_lanes(grid, other, lane, n, total, total_xhat);
+                         write_lanes(grid, other, lane, n, {total, total_xhat}, false);
                      });
     }
 
-    void write_lanes(const Grid& grid, index_t other, index_t lane, index_t n, const double* g,
-                     const double* g_xhat) const {
+    void write_lanes(const Grid& grid, index_t other, index_t lane, index_t n, DownSums sums, bool stream) const {
         const index_t stride = grid.lanes.stride[kGradient];
         const index_t first = grid.others.offset(kGradient, other) + lane * stride;
-        write_doubles(call_.dweight, call_.dweight_dtype, first, stride, n, g_xhat);
-        write_doubles(call_.dbias, call_.dbias_dtype, first, stride, n, g);
+        write_doubles(call_.dweight, call_.dweight_dtype, first, stride, n, sums.g_xhat, 1, stream);
+        write_doubles(call_.dbias, call_.dbias_dtype, first, stride, n, sums.g, 1, stream);
     }
 
     index_t lane_pieces_for(index_t pieces, index_t lanes) const {

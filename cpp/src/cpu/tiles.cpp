@@ -164,16 +164,15 @@ void apply(const KernelPair<X>& k, Strided x, Strided y, Strided w, Strided b, c
 
 template <class X>
 void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx, const TileStatistics<Compute<X>>& s,
-              index_t rows, index_t lanes, double* sum_g, double* sum_g_xhat, bool stream) {
+              index_t rows, index_t lanes, DownSums sums, bool stream) {
     using T = Compute<X>;
     if (!s.scale && contiguous<X>(dy, lanes) && contiguous<X>(x, lanes) && contiguous<X>(dx, lanes) &&
         (per_row<T>(w, lanes) || contiguous<T>(w, lanes))) {
         const bool w_lane = !per_row<T>(w, lanes);
-        if (!sum_g && s.lane == 0) {
+        if (!sums.g && s.lane == 0) {
             k.direct.dx_along[w_lane](in(dy), in(x), in(w), out_of(dx), s, rows, lanes, stream);
         } else {
-            k.direct.backward_down[s.lane][w_lane](in(dy), in(x), in(w), out_of(dx), s, rows, lanes, sum_g, sum_g_xhat,
-                                                   stream);
+            k.direct.backward_down[s.lane][w_lane](in(dy), in(x), in(w), out_of(dx), s, rows, lanes, sums, stream);
         }
         return;
     }
@@ -185,8 +184,8 @@ void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided 
         multiply(ps, n_rows, n, px);
         gather(shifted(w, r, l), n_rows, n, pw);
         const Out to = {dx.p ? reinterpret_cast<char*>(pdx) : nullptr, n * static_cast<index_t>(sizeof(T))};
-        k.packed.backward_down[s.lane][1](packed(pdy, n), packed(px, n), packed(pw, n), to, ps, n_rows, n,
-                                          sum_g ? sum_g + l : nullptr, sum_g ? sum_g_xhat + l : nullptr, false);
+        k.packed.backward_down[s.lane][1](packed(pdy, n), packed(px, n), packed(pw, n), to, ps, n_rows, n, sums.at(l),
+                                          false);
         if (!dx.p) return;
         multiply(ps, n_rows, n, pdx);
         scatter<X>(pdx, n_rows, n, shifted(dx, r, l));
@@ -212,31 +211,30 @@ index_t forward_in_eights(const KernelPair<X>& k, const ApplyTo<X>& t, bool cent
 
 template <class X>
 bool backward_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx,
-                   const TileStatistics<Compute<X>>& s, index_t rows, index_t lanes, double* sum_g, double* sum_g_xhat,
-                   bool stream, bool far, bool center, Compute<X>* mean_g, Compute<X>* mean_g_xhat) {
+                   const TileStatistics<Compute<X>>& s, index_t rows, index_t lanes, DownSums sums, bool stream,
+                   bool far, bool center, Compute<X>* mean_g, Compute<X>* mean_g_xhat) {
     using T = Compute<X>;
     if (w.p == one<T>().p && lanes <= kConstantLanes<T>) w.lane = sizeof(T);
     if (s.scale || !contiguous<X>(dy, lanes) || !contiguous<X>(x, lanes) || !contiguous<X>(dx, lanes) ||
         !contiguous<T>(w, lanes) || lanes * index_t{sizeof(T)} > kMostSums) {
         return false;
     }
-    k.direct.backward_rows({in(dy), in(x), in(w), out_of(dx), s, rows, lanes, stream, far, center, sum_g, sum_g_xhat,
-                            mean_g, mean_g_xhat});
+    k.direct.backward_rows(
+        {in(dy), in(x), in(w), out_of(dx), s, rows, lanes, stream, far, center, sums, mean_g, mean_g_xhat});
     return true;
 }
 
 template <class X>
 index_t backward_in_eights(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx, index_t rows,
-                           index_t lanes, const double* mean, const double* rstd, double* sum_g, double* sum_g_xhat,
-                           bool stream, bool far) {
+                           index_t lanes, const double* mean, const double* rstd, DownSums sums, bool stream,
+                           bool far) {
     using T = Compute<X>;
     if (w.p == one<T>().p) w.lane = sizeof(T);
     if (lanes > kMostOfEight / 2 || !contiguous<X>(dy, lanes) || !contiguous<X>(x, lanes) ||
         !contiguous<X>(dx, lanes) || !contiguous<T>(w, lanes)) {
         return 0;
     }
-    return k.direct.backward_in_eights(
-        {in(dy), in(x), in(w), out_of(dx), rows, lanes, stream, far, mean, rstd, sum_g, sum_g_xhat});
+    return k.direct.backward_in_eights({in(dy), in(x), in(w), out_of(dx), rows, lanes, stream, far, mean, rstd, sums});
 }
 
 template <class X>
@@ -352,7 +350,7 @@ template Strided zero<double>();
     template void apply<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&,         \
                            index_t, index_t, bool);                                                                    \
     template void backward<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&,      \
-                              index_t, index_t, double*, double*, bool);                                               \
+                              index_t, index_t, DownSums, bool);                                                       \
     template Sums sums_along<X>(const KernelPair<X>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,    \
                                 index_t);                                                                              \
     template void sums_of_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,  \
@@ -364,9 +362,9 @@ template Strided zero<double>();
     template index_t forward_in_eights<X>(const KernelPair<X>&, const ApplyTo<X>&, bool, double, double*, double*,     \
                                           double*);                                                                    \
     template bool backward_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&, \
-                                   index_t, index_t, double*, double*, bool, bool, bool, T*, T*);                      \
+                                   index_t, index_t, DownSums, bool, bool, bool, T*, T*);                              \
     template index_t backward_in_eights<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, index_t, index_t, \
-                                           const double*, const double*, double*, double*, bool, bool);                \
+                                           const double*, const double*, DownSums, bool, bool);                        \
     template void moments_down<X>(const KernelPair<X>&, Strided, const T*, index_t, index_t, index_t, bool, bool,      \
                                   double*, double*);
 NORMKIT_FOR_DTYPES(NORMKIT_INSTANTIATE)

@@ -58,10 +58,10 @@ void apply(const KernelPair<X>& k, const ApplyTo<X>& t) {
 }
 
 // dx, the sums down each lane, or both: k.dx_along where only dx is wanted and the statistics are one a row, else
-// k.backward_down. dx.p or sum_g may be null.
+// k.backward_down. dx.p may be null.
 template <class X>
 void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx, const TileStatistics<Compute<X>>& s,
-              index_t rows, index_t lanes, double* sum_g, double* sum_g_xhat, bool stream);
+              index_t rows, index_t lanes, DownSums sums, bool stream);
 
 // The kernels on rows as they lie; they return how many have been done, 0 where they can't. Forward, t.s is what they
 // find out.
@@ -70,14 +70,13 @@ index_t forward_in_eights(const KernelPair<X>& k, const ApplyTo<X>& t, bool cent
                           double* rstd, double* M2);
 template <class X>
 index_t backward_in_eights(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx, index_t rows,
-                           index_t lanes, const double* mean, const double* rstd, double* sum_g, double* sum_g_xhat,
-                           bool stream, bool far);
+                           index_t lanes, const double* mean, const double* rstd, DownSums sums, bool stream, bool far);
 
 // k.backward_rows on rows as they lie. False, and nothing done, where the kernels can't.
 template <class X>
 bool backward_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx,
-                   const TileStatistics<Compute<X>>& s, index_t rows, index_t lanes, double* sum_g, double* sum_g_xhat,
-                   bool stream, bool far, bool center, Compute<X>* mean_g, Compute<X>* mean_g_xhat);
+                   const TileStatistics<Compute<X>>& s, index_t rows, index_t lanes, DownSums sums, bool stream,
+                   bool far, bool center, Compute<X>* mean_g, Compute<X>* mean_g_xhat);
 
 // One leaf of one set: s.row = s.lane = 0.
 template <class X>

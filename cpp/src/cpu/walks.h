@@ -109,21 +109,21 @@ void finish_sets(const ForwardCall& call, const Nest& axes, const char* x, index
     statistics.put(slot, n, mean, rstd, 1);
 }
 
-// dx on a tile (if wanted), and the sums of dy and dy * xhat down its lanes (where sum_g is not null).
+// dx on a tile (if wanted), and the sums of dy and dy * xhat down its lanes (where those are wanted).
 // Constant statistics: dx = rstd * w * dy is the forward formula on dy with mean 0; it needs lanes <= 2048 where s.lane
 // is 1, and s.row = 0 where it is 0.
 template <class X>
 void write_dx(const KernelPair<X>& k, const BackwardCall& call, const Offsets& at, const Tiles& tiles, index_t rows,
-              index_t lanes, const TileStatistics<Compute<X>>& s, double* sum_g, double* sum_g_xhat, bool stream) {
+              index_t lanes, const TileStatistics<Compute<X>>& s, DownSums sums, bool stream) {
     using T = Compute<X>;
     const Strided dy = operand(call.dy, call.dtype, at, tiles, kDy), x = operand(call.x, call.dtype, at, tiles, kX);
     const Strided w = parameter(call.weight, call.weight_dtype, at, tiles, kWeight, one<T>());
     const Strided dx = operand(call.dx, call.dtype, at, tiles, kY);
     if (call.dx && !call.constant_statistics) {
-        backward(k, dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat, stream);
+        backward(k, dy, x, w, dx, s, rows, lanes, sums, stream);
         return;
     }
-    if (sum_g) backward(k, dy, x, one<T>(), Strided{}, s, rows, lanes, sum_g, sum_g_xhat, stream);
+    if (sums.g) backward(k, dy, x, one<T>(), Strided{}, s, rows, lanes, sums, stream);
     if (call.dx) {
         TileStatistics<T> about_zero = s;
         about_zero.hi = about_zero.lo = reinterpret_cast<const T*>(zero<T>().p);
@@ -131,9 +131,9 @@ void write_dx(const KernelPair<X>& k, const BackwardCall& call, const Offsets& a
     }
 }
 
-// n numbers, `step` apart, to an array (null: none), `stride` elements apart.
+// n numbers, `step` apart, to an array (null: none), `stride` elements apart. stream: past the caches, if it can.
 inline void write_doubles(char* to, Dtype dtype, index_t first, index_t stride, index_t n, const double* v,
-                          index_t step = 1) {
+                          index_t step = 1, bool stream = false) {
     if (!to) return;
     with_dtype(dtype, [&](auto element) {
         using E = decltype(element);
@@ -143,18 +143,10 @@ inline void write_doubles(char* to, Dtype dtype, index_t first, index_t stride, 
             from_double(v[i], &value);
             std::memcpy(p + at * index_t{sizeof(E)}, &value, sizeof value);
         };
-        if (stride == 1 && step == 1) {
-            constexpr index_t kFew = 64;  // at a time, by way of a buffer: compilers make vectors of the loop
-            E few[kFew];
-            index_t i = 0;
-            for (; n - i >= kFew; i += kFew) {
-                for (index_t k = 0; k < kFew; ++k) from_double(v[i + k], &few[k]);
-                std::memcpy(p + i * index_t{sizeof(E)}, few, sizeof few);
-            }
-            for (; i < n; ++i) write(i, i);
-        } else {
-            for (index_t i = 0; i < n; ++i) write(i * step, i * stride);
+        if constexpr (std::is_same_v<E, Compute<E>>) {
+            if (stride == 1 && step == 1) return kernels_of<E>(isa_in_force()).narrow(v, n, p, stream);
         }
+        for (index_t i = 0; i < n; ++i) write(i * step, i * stride);
     });
 }
 
