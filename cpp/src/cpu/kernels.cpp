@@ -2,8 +2,8 @@
 // kernels.h first. Elements of x, y, dy and dx are of type X, everything else is of type T = Compute<X>.
 //
 // Same bits on every instruction set: sums run in a fixed number of virtual lanes (along: kStep, for the one sum of
-// squares twice that) or one lane each (down), partial vectors select and never multiply, -ffp-contract=off, and no
-// code depends on alignment except the choice of the store.
+// squares twice that) or one lane each (down), partial vectors select and never multiply, -ffp-contract=off, and where
+// arrays begin decides on stores and on where vectors begin, which changes no sum (for_steps_behind).
 
 #include "kernels.h"
 

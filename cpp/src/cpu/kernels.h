@@ -34,7 +34,9 @@ struct DownSums {
     double *g = nullptr, *g_xhat = nullptr;
     bool fresh = false;
 
-    DownSums at(index_t lane) const { return g ? DownSums{g + lane, g_xhat + lane, fresh} : *this; }
+    NORMKIT_HOST_DEVICE DownSums at(index_t lane) const {
+        return g ? DownSums{g + lane, g_xhat + lane, fresh} : *this;
+    }
 };
 
 // Rows of bytes with a fixed distance. Lanes are contiguous.
@@ -48,10 +50,10 @@ struct Rows {
 using In = Rows<const char*>;
 using Out = Rows<char*>;
 
-constexpr index_t kLine = 64;
-inline bool on_line(const char* p) { return reinterpret_cast<std::uintptr_t>(p) % kLine == 0; }
+constexpr index_t kLine = 64;  // bytes of a cache line
+NORMKIT_HOST_DEVICE bool on_line(const char* p) { return reinterpret_cast<std::uintptr_t>(p) % kLine == 0; }
 template <class P>
-bool on_lines(Rows<P> a) {
+NORMKIT_HOST_DEVICE bool on_lines(Rows<P> a) {
     return on_line(a.p) && a.row % kLine == 0;
 }
 
@@ -59,7 +61,9 @@ bool on_lines(Rows<P> a) {
 // row, and not with the row. Between such stores each load that crosses a line takes some cycles more, also in L1: time
 // with loads that do over time without, rows 16 bytes past a line (one thread of a Zen 5): rms norm 4096 x 1023 1.3,
 // its backward pass 1.1; layer norm 4096 x 768 0.92 if stores lie on lines, else 1.1; backward 6272 x 256 0.8.
-inline bool begins_on_lines(In x, Out y, index_t bytes) { return !on_lines(x) && bytes >= (on_lines(y) ? 3584 : 2048); }
+NORMKIT_HOST_DEVICE bool begins_on_lines(In x, Out y, index_t bytes) {
+    return !on_lines(x) && bytes >= (on_lines(y) ? 3584 : 2048);
+}
 
 // Leaves of one shape at one distance: `leaves` of them, `leaf` bytes apart, each `rows` runs of `lanes` contiguous
 // elements. Preconditions: 1 <= rows * ceil(lanes / kStep) <= kLeafSteps; where there are several rows, all series of a
@@ -170,7 +174,7 @@ struct Kernels {
     // center = false: moments about zero.
     void (*moments_along)(const LeafSeries* series, index_t n, bool center, Moments* out);
 
-    // The same while `tile` is written, as far as that goes. Index: its w_lane.
+    // The same while `tile` is written, as far as that goes. Index: its w_lane, with which leaves have one run each.
     void (*moments_beside[2])(const LeafSeries* series, index_t n, bool center, Moments* out, Unwritten<X>& tile);
 
     // Adds `rows` rows to the moments of each lane, which have seen `seen` rows so far. `rows` may be any number, but

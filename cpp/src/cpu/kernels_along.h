@@ -1090,37 +1090,43 @@ void dx_along(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows,
     });
 }
 
+// What the sums of the first row are added to: to clear sums instead would be stores that wait behind results which go
+// past the caches. Not const, or it would lie in the file.
 template <class T>
-NK_INLINE void add(const T* sums, index_t lanes, double* to, bool fresh) {
-    if (fresh) {
-        for (index_t l = 0; l < lanes; ++l) to[l] = 0 + static_cast<double>(sums[l]);
-    } else {
-        for (index_t l = 0; l < lanes; ++l) to[l] += static_cast<double>(sums[l]);
-    }
-}
+alignas(64) T no_sums[kMostSums / static_cast<index_t>(sizeof(T)) + 2 * kVectorBytes / static_cast<int>(sizeof(T))];
 
-// Sums down rows of at most `most` lanes, one a lane. No vector of them crosses a line.
+// Sums down rows of at most `most` lanes, one a lane, for rows whose vectors begin behind `head` lanes: none crosses a
+// line.
 template <class X, index_t most>
-struct DownLanes {
+class ShortDownSums {
+  public:
     using T = Compute<X>;
-    T *sum, *sum_xhat;
+    static_assert(most * static_cast<index_t>(sizeof(T)) <= kMostSums);
 
-    // Clears what it takes for rows whose vectors begin behind `head` lanes.
-    NK_INLINE void begin(index_t head, index_t lanes) {
-        sum = room_[0] + first_lane<X>(head);
-        sum_xhat = room_[1] + first_lane<X>(head);
-        for (index_t l = 0; l < lanes + kWidth<X>; ++l) sum[l] = sum_xhat[l] = 0;
-    }
-    NK_INLINE void add_to(DownSums all, index_t lanes) const {
-        add<T>(sum, lanes, all.g, all.fresh);
-        add<T>(sum_xhat, lanes, all.g_xhat, all.fresh);
+    NK_INLINE explicit ShortDownSums(index_t head = 0) : first_(first_lane<X>(head)) {}
+    NK_INLINE T* g() { return room_[0] + first_; }
+    NK_INLINE T* g_xhat() { return room_[1] + first_; }
+    NK_INLINE const T* none() const { return no_sums<T> + first_; }
+    NK_INLINE void add_to(DownSums all, index_t lanes) {
+        add(g(), lanes, all.g, all.fresh);
+        add(g_xhat(), lanes, all.g_xhat, all.fresh);
     }
 
   private:
+    NK_INLINE static void add(const T* sums, index_t lanes, double* to, bool fresh) {
+        if (fresh) {
+            for (index_t l = 0; l < lanes; ++l) to[l] = 0 + static_cast<double>(sums[l]);
+        } else {
+            for (index_t l = 0; l < lanes; ++l) to[l] += static_cast<double>(sums[l]);
+        }
+    }
+
+    index_t first_;
     alignas(64) T room_[2][most + 2 * kWidth<X>];
 };
 
-// dx of a row, a few vectors at a time, and dy and dy * xhat added to what earlier rows have left in `sum`, `sum_xhat`.
+// dx of a row, a few vectors at a time, and dy and dy * xhat added to what earlier rows have left; `first`: there are
+// none.
 // Those are whole vectors; what comes into lanes beyond the row's last is never looked at.
 template <class X, bool Sum, Stores How>
 struct WritingDx {
@@ -1133,27 +1139,32 @@ struct WritingDx {
     index_t lanes = 0, lane = 0;
     const char *dy = nullptr, *x = nullptr, *w = nullptr;
     char* dx = nullptr;
-    T *sum = nullptr, *sum_xhat = nullptr;
+    T *sum, *sum_xhat;
+    const T *before, *before_xhat;
     bool far;
     Ends& ends;
     Vec<X> hi, lo, rstd, e, c;
 
-    NK_INLINE WritingDx(const BackwardRows<T>& all, index_t r, T* sums, T* sums_xhat, Ends& of_rows)
-        : WritingDx(all, r, all.s, r * all.s.row, sums, sums_xhat, of_rows) {}
-    NK_INLINE WritingDx(const BackwardRows<T>& all, index_t r, const Statistics<T>& s, index_t i, T* sums, T* sums_xhat,
-                        Ends& of_rows)
+    template <class Sums>
+    NK_INLINE WritingDx(const BackwardRows<T>& all, index_t r, bool first, Sums& down, Ends& of_rows)
+        : WritingDx(all, r, all.s, r * all.s.row, first, down, of_rows) {}
+    template <class Sums>
+    NK_INLINE WritingDx(const BackwardRows<T>& all, index_t r, const Statistics<T>& s, index_t i, bool first,
+                        Sums& down, Ends& of_rows)
         : WritingDx(all, r, {s.hi[i], s.lo[i], s.rstd[i], 1},
-                    dx_terms<T>(s.lo[i], s.rstd[i], s.mean_g[i], s.mean_g_xhat[i]), sums, sums_xhat, of_rows) {}
+                    dx_terms<T>(s.lo[i], s.rstd[i], s.mean_g[i], s.mean_g_xhat[i]), first, down, of_rows) {}
     // all: BackwardRows or BackwardEights.
-    template <class All>
-    NK_INLINE WritingDx(const All& all, index_t r, Split<T> s, DxTerms<T> terms, T* sums, T* sums_xhat, Ends& of_rows)
+    template <class All, class Sums>
+    NK_INLINE WritingDx(const All& all, index_t r, Split<T> s, DxTerms<T> terms, bool first, Sums& down, Ends& of_rows)
         : lanes(all.lanes),
           dy(all.dy.at(r)),
           x(all.x.at(r)),
           w(all.w.at(r)),
           dx(all.dx.at(r)),
-          sum(sums),
-          sum_xhat(sums_xhat),
+          sum(down.g()),
+          sum_xhat(down.g_xhat()),
+          before(first ? down.none() : sum),
+          before_xhat(first ? down.none() : sum_xhat),
           far(all.far),
           ends(of_rows),
           hi(splat<X>(s.hi)),
@@ -1167,9 +1178,8 @@ struct WritingDx {
             if (head > 0) vector(static_cast<int>(head));
         }
     }
-    NK_INLINE void add(T* to, Vec<X> v) {
-        char* const p = reinterpret_cast<char*>(to + lane);
-        store<T>(p, load<T>(p) + v);
+    NK_INLINE void add(const T* from, T* to, Vec<X> v) {
+        store<T>(reinterpret_cast<char*>(to + lane), load<T>(reinterpret_cast<const char*>(from + lane)) + v);
     }
     NK_INLINE void vector(int n) {
         const Vec<X> dyv = load_rest<X>(dy + bytes<X>(lane), n);
@@ -1178,8 +1188,8 @@ struct WritingDx {
         put<X, How, true>(ends, dx + bytes<X>(lane), dx_of<Vec<X>>(dyv, d, rstd, a, e, c), n);
         if constexpr (Sum) {
             const Vec<X> xhat = (kLoose ? d : d - lo) * rstd;
-            add(sum, n < kWidth<X> ? keep_first<T>(dyv, n) : dyv);
-            add(sum_xhat, n < kWidth<X> ? keep_first<T>(dyv * xhat, n) : dyv * xhat);
+            add(before, sum, n < kWidth<X> ? keep_first<T>(dyv, n) : dyv);
+            add(before_xhat, sum_xhat, n < kWidth<X> ? keep_first<T>(dyv * xhat, n) : dyv * xhat);
         }
         lane += n;
     }
@@ -1204,8 +1214,7 @@ template <class X, bool Sum, Stores How, bool IsBeside>
 void backward_row_by_row(const BackwardRows<Compute<X>>& all) {
     using T = Compute<X>;
     const index_t head = How == Stores::joined ? head_of_joined<X, true>(all.x, all.dx, 0, all.lanes) : 0;
-    DownLanes<X, kMostSums / static_cast<index_t>(sizeof(T))> down;
-    if constexpr (Sum) down.begin(head, all.lanes);
+    ShortDownSums<X, kMostSums / static_cast<index_t>(sizeof(T))> down(head);
     const double count = static_cast<double>(all.lanes);
     const auto sums_of = [&](index_t r, auto& beside) NK_INLINE_LAMBDA {
         Sums sums;
@@ -1226,7 +1235,7 @@ void backward_row_by_row(const BackwardRows<Compute<X>>& all) {
     EndsOf<X, How, true> ends;
     sums_of(0, nothing);
     for (index_t r = 0; r < all.rows; ++r) {
-        WritingDx<X, Sum, How> writing(all, r, down.sum, down.sum_xhat, ends);
+        WritingDx<X, Sum, How> writing(all, r, r == 0, down, ends);
         if constexpr (IsBeside) {
             if (r + 1 < all.rows) sums_of(r + 1, writing);
             writing.rest();

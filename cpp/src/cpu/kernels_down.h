@@ -762,7 +762,6 @@ template <class X, Stores How>
 NK_INLINE void backward_by_row(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes,
                                DownSums sums) {
     using T = Compute<X>;
-    DownLanes<X, kLeafLanes> down;
     for (index_t lane = 0; lane < lanes; lane += kLeafLanes) {
         const index_t n = lanes - lane < kLeafLanes ? lanes - lane : kLeafLanes, o = bytes<X>(lane);
         BackwardRows<T> part;
@@ -773,10 +772,11 @@ NK_INLINE void backward_by_row(In dy, In x, In w, Out dx, Statistics<Compute<X>>
         part.s = s;
         part.rows = rows;
         part.lanes = n;
-        down.begin(How == Stores::joined ? head_of_joined<X, true>(part.x, part.dx, 0, n) : 0, n);
+        const index_t head = How == Stores::joined ? head_of_joined<X, true>(part.x, part.dx, 0, n) : 0;
+        ShortDownSums<X, kLeafLanes> down(head);
         EndsOf<X, How, true> ends;
         for (index_t r = 0; r < rows; ++r) {
-            WritingDx<X, true, How>(part, r, down.sum, down.sum_xhat, ends).rest();
+            WritingDx<X, true, How>(part, r, r == 0, down, ends).rest();
         }
         ends.finish();
         down.add_to(sums.at(lane), n);

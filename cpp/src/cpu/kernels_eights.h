@@ -225,11 +225,7 @@ template <class X, bool Center, bool Sum, Stores How>
 index_t backward_in_eights_as(const BackwardEights& all) {
     using T = Compute<X>;
     constexpr index_t kMost = kMostOfEight / 2;
-    alignas(64) T sum[kMost + kWidth<X>], sum_xhat[kMost + kWidth<X>];
-    const auto clear = [&] {
-        for (index_t l = 0; Sum && l < all.lanes + kWidth<X>; ++l) sum[l] = sum_xhat[l] = 0;
-    };
-    clear();
+    ShortDownSums<X, kMost> down;
     const double count = static_cast<double>(all.lanes);
     const Adder<T> plus;
     Vec<X> sums_g[kEight], sums_d[kEight];
@@ -267,17 +263,16 @@ index_t backward_in_eights_as(const BackwardEights& all) {
                 continue;
             }
             const Split<T> s{now.mean.hi[j], now.mean.lo[j], now.rstd[j], 1};
-            WritingDx<X, Sum, How> writing(all, r + j, s, DxTerms<T>{now.terms.e[j], now.terms.c[j]}, sum, sum_xhat,
-                                           ends);
+            WritingDx<X, Sum, How> writing(all, r + j, s, DxTerms<T>{now.terms.e[j], now.terms.c[j]},
+                                           j == 0 && i % kInChain == 0, down, ends);
             if (adds) add_up(writing);
             writing.rest();
         }
         if (adds) next.template find_terms<Center>(lanes_by_halves<T>(sums_g), lanes_by_halves<T>(sums_d), count);
         if (Sum && i >= 0 && (i + 1) % kInChain == 0) {
-            const bool fresh = all.sums.fresh && i + 1 == kInChain;
-            add<T>(sum, all.lanes, all.sums.g, fresh);
-            add<T>(sum_xhat, all.lanes, all.sums.g_xhat, fresh);
-            clear();
+            DownSums sums = all.sums;
+            sums.fresh = sums.fresh && i + 1 == kInChain;
+            down.add_to(sums, all.lanes);
         }
     }
     ends.finish();

@@ -76,14 +76,15 @@ class LeafReader {
     Nest runs_, run_;
 };
 
-// Weight or bias that is one a lane, for kernels that take row after row: where the caller's does not lie so that no
-// vector crosses a line, a copy that does. Past the caches, vectors begin where lines of x do (head_of_row).
+// Weight or bias that is one a lane, for kernels that take row after row: the caller's, or, if vectors of that would
+// cross lines, a copy that lies so that none does. Rms norm 4096 x 768 with the copy over without: 0.85 (one thread of a
+// Zen 5).
 template <class X>
-class OnLines {
+class LinedUp {
     using T = Compute<X>;
 
   public:
-    OnLines(const Plan& plan, const Schedule& schedule, const char* x, const char* y, const char* parameter,
+    LinedUp(const Plan& plan, const Schedule& schedule, const char* x, const char* y, const char* parameter,
             Dtype dtype, Operand o)
         : at_(parameter) {
         constexpr index_t kLanes = kLine / index_t{sizeof(T)}, kWorth = 32;

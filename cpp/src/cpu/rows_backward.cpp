@@ -489,7 +489,7 @@ class RowsBackward {
     }
 
     const Plan& plan_;
-    const OnLines<X> weight_;
+    const LinedUp<X> weight_;
     const BackwardCall call_;
     const KernelPair<X>& k_;
     const Schedule schedule_;

@@ -436,7 +436,7 @@ class RowsForward {
     }
 
     const Plan& plan_;
-    const OnLines<X> weight_, bias_;
+    const LinedUp<X> weight_, bias_;
     const ForwardCall call_;
     const KernelPair<X>& k_;
     const Schedule schedule_;
