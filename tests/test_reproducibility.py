@@ -230,6 +230,51 @@ def test_same_bits_wherever_rows_lie(rng, norm, lanes, dtype):
             assert (wide[..., lanes:].copy().view(np.uint8) == 0xA5).all()
 
 
+def placed(a, past, gap=0):
+    """A copy that begins `past` bytes behind a line, with `gap` bytes between its rows."""
+    rows, width = a.size // a.shape[-1], a.shape[-1] * a.itemsize + gap
+    memory = np.zeros(rows * width + 128, np.uint8)
+    first = -memory.ctypes.data % 64 + past
+    strides = (width, a.itemsize) if a.ndim == 2 else (a.itemsize,)
+    view = np.ndarray(a.shape, a.dtype, memory, first, strides)
+    view[...] = a
+    return view
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lanes", [512, 768, 1000, 1024, 1037, 1792, 2049, 4096])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_same_bits_wherever_x_and_parameters_lie(rng, norm, lanes, dtype):
+    """Past the caches, vectors begin where lines of x do, and not with the row; sums are none the wiser.
+
+    Rows are whole lines or not, with gaps or without; weight and bias lie as x does, or not.
+    """
+    x, dy = (random(rng, (41, lanes), dtype=dtype) for _ in range(2))
+    x[3] += 1000
+    if dtype != "float16":  # rounding that would tell another order of additions, also of doubles
+        x[9] = x[9].astype(np.float64) * 2.0 ** rng.integers(-40, 40, lanes)
+    x[17, 5::7] = 0
+    weight, bias = (random(rng, (lanes,), dtype=np.result_type(dtype, "float32")) for _ in range(2))
+    forward, backward = getattr(nk, f"{norm}_norm_forward"), getattr(nk, f"{norm}_norm_backward")
+
+    def run(x, dy, weight, bias, past=0):
+        y, *moments = forward(x, (lanes,), weight, *([bias] if norm == "layer" else []), out=placed(x, past))
+        path = _debug.last_path()
+        return [y, *moments, *backward(dy, x, *moments, (lanes,), weight, out=placed(x, past))], path
+
+    with _debug.force(isa=_debug.isas()[0], stream=False, by_row=False):
+        expected, _ = run(x, dy, weight, bias)
+    isas = _debug.isas() if dtype == "float32" else _debug.isas()[-1:]
+    size = x.itemsize
+    for isa, threads, past_x, past_y, past_w in product(isas, (1, 2), (0, size, 16, 64 - size), (0, 16), (0, 8)):
+        gap = {0: 0, size: 64, 16: 0, 64 - size: size}[past_x]
+        arrays = placed(x, past_x, gap), placed(dy, past_x, gap), placed(weight, past_w), placed(bias, past_w)
+        with _debug.force(isa=isa, threads=threads, stream=True, by_row=True, resident=True, split=False):
+            got, path = run(*arrays, past_y)
+        assert path["stream"] and path["by_row"]
+        same(got, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lanes", [3, 16, 33, 64, 100, 128, 257, 512, 700, 1024, 1025])
 @pytest.mark.parametrize("norm", ["layer", "rms", "instance"])
