@@ -34,7 +34,7 @@ void forward(const Plan& plan, const ForwardCall& call) {
     const Schedule schedule = make_schedule(plan, size_of(call.dtype), 1, call.y != nullptr, call.in_place, call.given);
     with_dtype(call.dtype, [&](auto x) {
         using X = decltype(x);
-        const KernelPair<X> kernels{kernels_of<X>(isa), kernels_of<Compute<X>>(isa)};
+        const KernelPair<X> kernels{kernels_of<X>(isa), kernels_of<Compute<X>>(isa), isa};
         (plan.walk == Walk::rows ? rows_forward<X> : columns_forward<X>)(plan, call, kernels, schedule);
     });
     record(plan, schedule, isa);
@@ -46,7 +46,7 @@ void backward(const Plan& plan, const BackwardCall& call) {
         make_schedule(plan, size_of(call.dtype), 2, call.dx != nullptr, call.in_place, call.constant_statistics);
     with_dtype(call.dtype, [&](auto x) {
         using X = decltype(x);
-        const KernelPair<X> kernels{kernels_of<X>(isa), kernels_of<Compute<X>>(isa)};
+        const KernelPair<X> kernels{kernels_of<X>(isa), kernels_of<Compute<X>>(isa), isa};
         (plan.walk == Walk::rows ? rows_backward<X> : columns_backward<X>)(plan, call, kernels, schedule);
     });
     record(plan, schedule, isa);

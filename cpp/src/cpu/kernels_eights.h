@@ -123,8 +123,9 @@ NK_INLINE void write_row(const char* x, const char* w, const char* b, char* y, i
 }
 
 template <class X, bool Center, bool WLane, Stores How>
-index_t forward_in_eights_as(const ForwardEights<Compute<X>>& all) {
+index_t forward_in_eights_as(const ForwardEights<Compute<X>>& of) {
     using T = Compute<X>;
+    const ForwardEights<T> all = of;  // which no store can change
     const index_t lanes = all.lanes, eights = all.rows / kEight;
     const double count = static_cast<double>(lanes);
     const Adder<double> plus;
@@ -222,10 +223,12 @@ struct EightBackward {
 };
 
 template <class X, bool Center, bool Sum, Stores How>
-index_t backward_in_eights_as(const BackwardEights& all) {
+index_t backward_in_eights_as(const BackwardEights& of) {
     using T = Compute<X>;
+    const BackwardEights all = of;  // which no store can change
     constexpr index_t kMost = kMostOfEight / 2;
     ShortDownSums<X, kMost> down;
+    if constexpr (Sum) down.clear(all.lanes);
     const double count = static_cast<double>(all.lanes);
     const Adder<T> plus;
     Vec<X> sums_g[kEight], sums_d[kEight];
@@ -263,8 +266,8 @@ index_t backward_in_eights_as(const BackwardEights& all) {
                 continue;
             }
             const Split<T> s{now.mean.hi[j], now.mean.lo[j], now.rstd[j], 1};
-            WritingDx<X, Sum, How> writing(all, r + j, s, DxTerms<T>{now.terms.e[j], now.terms.c[j]},
-                                           j == 0 && i % kInChain == 0, down, ends);
+            WritingDx<X, Sum, How> writing(all, r + j, s, DxTerms<T>{now.terms.e[j], now.terms.c[j]}, false, down,
+                                           ends);
             if (adds) add_up(writing);
             writing.rest();
         }
@@ -273,6 +276,7 @@ index_t backward_in_eights_as(const BackwardEights& all) {
             DownSums sums = all.sums;
             sums.fresh = sums.fresh && i + 1 == kInChain;
             down.add_to(sums, all.lanes);
+            down.clear(all.lanes);
         }
     }
     ends.finish();

@@ -44,7 +44,7 @@ NK_INLINE index_t head_of_row(const char* p, index_t lanes) {
 template <class X, bool PerLane>
 NK_INLINE index_t head_of_joined(In x, Out y, index_t r, index_t lanes) {
     if (!kCanJoin || !PerLane) return head_of_row<X>(y.at(r), lanes);
-    if (!begins_on_lines(x, y, bytes<X>(lanes)) || x.row % kMemoryBytes<X> != 0) return 0;
+    if (!begins_on_lines(x, y, bytes<X>(lanes), sizeof(X)) || x.row % kMemoryBytes<X> != 0) return 0;
     return head_of_row<X>(x.at(r), lanes);
 }
 
@@ -263,8 +263,14 @@ NK_INLINE auto with_stores(bool stream, bool lines, F f) {
 template <class X, bool PerLane, class F>
 NK_INLINE void with_row_stores(bool stream, In x, Out y, index_t lanes, bool lines, F f) {
     constexpr index_t kRow = 512;
-    const bool can = can_stream<X>(y, lanes, y.row == bytes<X>(lanes) ? kRow : kLongRow);
-    with_stores<X>(stream && can, lines && !(kCanJoin && PerLane && begins_on_lines(x, y, bytes<X>(lanes))), f);
+    const bool can = stream && can_stream<X>(y, lanes, y.row == bytes<X>(lanes) ? kRow : kLongRow);
+    if constexpr (kCanJoin) {
+        with_stores<X>(can, lines && !(PerLane && begins_on_lines(x, y, bytes<X>(lanes), sizeof(X))), f);
+    } else if (can) {
+        f(std::integral_constant<Stores, Stores::joined>{});  // with vectors on boundaries, that is all
+    } else {
+        f(std::integral_constant<Stores, Stores::cached>{});
+    }
 }
 
 }  // namespace

@@ -77,8 +77,8 @@ class LeafReader {
 };
 
 // Weight or bias that is one a lane, for kernels that take row after row: the caller's, or, if vectors of that would
-// cross lines, a copy that lies so that none does. Rms norm 4096 x 768 with the copy over without: 0.85 (one thread of a
-// Zen 5).
+// cross lines, a copy that lies so that none does. Rms norm 4096 x 768 with the copy over without: 0.85 (one thread of
+// a Zen 5).
 template <class X>
 class LinedUp {
     using T = Compute<X>;
@@ -100,7 +100,7 @@ class LinedUp {
         const In rows{x, next.stride[kX]};
         const Out written{const_cast<char*>(y), next.stride[kY]};
         const bool behind = schedule.stream && !schedule.in_eights && alike &&
-                            begins_on_lines(rows, written, run.inner().extent * index_t{sizeof(X)});
+                            begins_on_lines(rows, written, run.inner().extent * index_t{sizeof(X)}, sizeof(X));
         const index_t first =
             behind ? static_cast<index_t>(reinterpret_cast<std::uintptr_t>(x) / sizeof(X)) % kLanes : 0;
         if (reinterpret_cast<std::uintptr_t>(parameter) % kLine == first * sizeof(T)) return;

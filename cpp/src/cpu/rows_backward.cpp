@@ -436,8 +436,8 @@ class RowsBackward {
     void write_lanes(const Grid& grid, index_t other, index_t lane, index_t n, DownSums sums, bool stream) const {
         const index_t stride = grid.lanes.stride[kGradient];
         const index_t first = grid.others.offset(kGradient, other) + lane * stride;
-        write_doubles(call_.dweight, call_.dweight_dtype, first, stride, n, sums.g_xhat, 1, stream);
-        write_doubles(call_.dbias, call_.dbias_dtype, first, stride, n, sums.g, 1, stream);
+        write_doubles(k_.isa, call_.dweight, call_.dweight_dtype, first, stride, n, sums.g_xhat, stream);
+        write_doubles(k_.isa, call_.dbias, call_.dbias_dtype, first, stride, n, sums.g, stream);
     }
 
     index_t lane_pieces_for(index_t pieces, index_t lanes) const {

@@ -45,6 +45,7 @@ template <class X>
 struct KernelPair {
     const Kernels<X>& direct;
     const Kernels<Compute<X>>& packed;
+    const Isa& isa;  // of both: workers are not told what the calling thread forces
 };
 
 // k.apply_along where the statistics are one a row (s.lane = 0), k.apply_down where they are one a lane (1).

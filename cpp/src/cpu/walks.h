@@ -131,9 +131,9 @@ void write_dx(const KernelPair<X>& k, const BackwardCall& call, const Offsets& a
     }
 }
 
-// n numbers, `step` apart, to an array (null: none), `stride` elements apart. stream: past the caches, if it can.
+// n numbers, `step` apart, to an array (null: none), `stride` elements apart.
 inline void write_doubles(char* to, Dtype dtype, index_t first, index_t stride, index_t n, const double* v,
-                          index_t step = 1, bool stream = false) {
+                          index_t step = 1) {
     if (!to) return;
     with_dtype(dtype, [&](auto element) {
         using E = decltype(element);
@@ -143,10 +143,17 @@ inline void write_doubles(char* to, Dtype dtype, index_t first, index_t stride, 
             from_double(v[i], &value);
             std::memcpy(p + at * index_t{sizeof(E)}, &value, sizeof value);
         };
-        if constexpr (std::is_same_v<E, Compute<E>>) {
-            if (stride == 1 && step == 1) return kernels_of<E>(isa_in_force()).narrow(v, n, p, stream);
-        }
         for (index_t i = 0; i < n; ++i) write(i * step, i * stride);
+    });
+}
+
+// The same by a kernel, if there is one. stream: past the caches, if it can.
+inline void write_doubles(const Isa& isa, char* to, Dtype dtype, index_t first, index_t stride, index_t n,
+                          const double* v, bool stream) {
+    if (!to || stride != 1 || dtype != arithmetic_of(dtype)) return write_doubles(to, dtype, first, stride, n, v);
+    with_dtype(dtype, [&](auto element) {
+        using T = Compute<decltype(element)>;
+        kernels_of<T>(isa).narrow(v, n, to + first * index_t{sizeof(T)}, stream);
     });
 }
 
