@@ -62,7 +62,7 @@ NORMKIT_HOST_DEVICE bool on_lines(Rows<P> a) {
 // 512 x 4096 0.9 if stores lie on lines, whose shuffles are twice as many for the bytes.
 NORMKIT_HOST_DEVICE bool begins_on_lines(In x, Out y, index_t bytes, std::size_t element) {
     if (on_lines(x)) return false;
-    return on_lines(y) ? bytes >= 3584 && element >= 4 && x.row % kLine == 0 : bytes >= 2048;
+    return on_lines(y) ? bytes >= 3584 && bytes <= 8192 && element >= 4 && x.row % kLine == 0 : bytes >= 2048;
 }
 
 // Leaves of one shape at one distance: `leaves` of them, `leaf` bytes apart, each `rows` runs of `lanes` contiguous
