@@ -197,11 +197,13 @@ NK_INLINE void stream(char* p, Vec<X> v) {
     stream_raw<X>(p, encoded<X>(v));
 }
 
-// The first n lanes, 0 < n < kWidth<X>; no byte beyond them is touched. The other lanes of a load are zero.
+// n elements, 0 < n < kWidth<X>, as the lanes from `first` on; no byte beside them is touched, and other lanes are
+// zero.
 template <class X>
-NK_INLINE Vec<X> load_first(const char* p, int n) {
+NK_INLINE Vec<X> load_part(const char* p, int first, int n) {
 #if defined(__AVX512F__)
-    const unsigned lanes = (1u << n) - 1;
+    const unsigned lanes = ((1u << n) - 1) << first;
+    p -= first * static_cast<int>(sizeof(X));
     if constexpr (sizeof(X) == 2) {
         return decoded<X>((Halves)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), p));
     } else if constexpr (sizeof(X) == 4) {
@@ -214,12 +216,21 @@ NK_INLINE Vec<X> load_first(const char* p, int n) {
     for (int i = 0; i < n; ++i) {
         auto lane = raw[0];
         __builtin_memcpy(&lane, p + i * sizeof(X), sizeof(X));
-        raw[i] = lane;
+        raw[first + i] = lane;
     }
     return decoded<X>(raw);
 #endif
 }
+template <class X>
+NK_INLINE Vec<X> load_first(const char* p, int n) {
+    return load_part<X>(p, 0, n);
+}
+template <class X>
+NK_INLINE Vec<X> load_last(const char* p, int n) {
+    return load_part<X>(p, kWidth<X> - n, n);
+}
 
+// The first n lanes; no byte beyond them is touched.
 template <class X>
 NK_INLINE void store_first(char* p, Vec<X> v, int n) {
 #if defined(__AVX512F__)
@@ -239,26 +250,6 @@ NK_INLINE void store_first(char* p, Vec<X> v, int n) {
     }
 #endif
 }
-
-#if defined(__AVX512BW__)
-// n lanes, 0 < n < kWidth<X>, as the last ones of a vector; the others are zero.
-template <class X>
-NK_INLINE Vec<X> load_last(const char* p, int n) {
-    const int first = kWidth<X> - n;
-    const unsigned lanes = ~0u << first;
-    p -= first * static_cast<int>(sizeof(X));
-    if constexpr (sizeof(X) == 2) {
-        return decoded<X>((Halves)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), p));
-    } else if constexpr (sizeof(X) == 4) {
-        return (Vec<X>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p);
-    } else {
-        return (Vec<X>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), p);
-    }
-}
-#else
-template <class X>
-Vec<X> load_last(const char*, int);  // nobody does
-#endif
 
 // A vector's lanes as doubles: the first half of them, then the second. For double it is the vector itself.
 template <class T>
