@@ -46,7 +46,7 @@ NK_INLINE void full_steps(index_t todo, index_t& at, index_t& asked, bool asks, 
         todo -= turns * kStepsOfTurn;
         for (; turns > 0; --turns) {
             if (asks) {
-                if constexpr (Beside::kBehindHead) {
+                if constexpr (Beside::kBehindHead) {  // else it is clear that they have not: runs of 28^2 took 1.06
                     ask_up_to(at + kTurn, asked, block);
                 } else {
                     block.ask_ahead(at);

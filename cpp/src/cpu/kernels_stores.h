@@ -229,8 +229,6 @@ template <class X>
 struct OnLines {
     NK_INLINE void begin(char*) {}
     NK_INLINE void finish() {}
-    NK_INLINE void leave(Seam*) {}
-    NK_INLINE void go_on(const Seam&) {}
 };
 
 // PerLane: there are arrays of one a lane, w or sums, so that vectors can't begin where it suits y.

@@ -138,12 +138,11 @@ inline void write_doubles(char* to, Dtype dtype, index_t first, index_t stride, 
     with_dtype(dtype, [&](auto element) {
         using E = decltype(element);
         char* const p = to + first * index_t{sizeof(E)};
-        const auto write = [p, v](index_t i, index_t at) {
+        for (index_t i = 0; i < n; ++i) {
             E value;
-            from_double(v[i], &value);
-            std::memcpy(p + at * index_t{sizeof(E)}, &value, sizeof value);
-        };
-        for (index_t i = 0; i < n; ++i) write(i * step, i * stride);
+            from_double(v[i * step], &value);
+            std::memcpy(p + i * stride * index_t{sizeof(E)}, &value, sizeof value);
+        }
     });
 }
 
