@@ -622,6 +622,73 @@ def test_lanes_alone_and_together(rng, lanes, dtype):
         bounds.assert_same_bits(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lanes", [2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 20, 24, 31, 33, 40, 48, 63, 65, 67, 72, 131])
+def test_few_lanes_alone_and_together(rng, lanes, dtype):
+    """Down few lanes, kernels take several leaves at once: the same bits as among many lanes, forward and backward.
+
+    As many rows as leave some leaves over, and a part of one; with gaps between rows; on every instruction set.
+    """
+    dtype, rows = np.dtype(dtype), 32 * 37 + 21
+    x, dy = (random(rng, (rows, 256), 1e2, dtype=dtype.name) for _ in range(2))
+    weight, bias = (random(rng, (256,), dtype=dtype.name) for _ in range(2))
+
+    def results(x, dy, weight, bias):
+        y, mean, rstd = nk.batch_norm_forward(x, None, None, weight, bias, training=True)[:3]
+        return [y, mean, rstd, *nk.batch_norm_backward(dy, x, mean, rstd, weight)]
+
+    for n in (rows, 2, 15, 33, 32 * 5):
+        with _debug.force(isa=_debug.isas()[0], threads=1):
+            expected = [np.ascontiguousarray(a[..., :lanes]) for a in results(x[:n], dy[:n], weight, bias)]
+        for isa, stream, gap in product(_debug.isas(), (False, True), (0, 3)):
+            part, part_dy = (np.zeros((n, lanes + gap), dtype)[:, :lanes] for _ in range(2))
+            part[:], part_dy[:] = x[:n, :lanes], dy[:n, :lanes]
+            with _debug.force(isa=isa, stream=stream):
+                same(results(part, part_dy, weight[:lanes], bias[:lanes]), expected)
+
+
+AT_THE_END = """
+import ctypes, mmap, sys
+import numpy as np
+import normkit as nk
+from normkit import _debug
+
+page = mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def at_the_end(a, kept=[]):
+    size = -(-a.nbytes // page) * page
+    memory = mmap.mmap(-1, size + 2 * page)
+    first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for guard in (first, first + page + size):
+        assert libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
+    kept.append(memory)
+    out = np.frombuffer(memory, a.dtype, a.size, page + size - a.nbytes).reshape(a.shape)
+    out[...] = a
+    return out
+
+
+rng = np.random.default_rng(0)
+for lanes in (1, 2, 3, 4, 5, 7, 8, 9, 15, 17, 24, 40, 67):
+    for dtype in ("float32", "float64", "float16"):
+        for rows in (2, 33, 32 * 9):
+            x, dy = (at_the_end(rng.standard_normal((rows, lanes)).astype(dtype)) for _ in range(2))
+            for isa in _debug.isas():
+                with _debug.force(isa=isa):
+                    y, mean, rstd = nk.batch_norm_forward(x, None, None, training=True)[:3]
+                    nk.batch_norm_backward(dy, x, mean, rstd)
+print("done")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect is Linux's")
+def test_nothing_beyond_an_array_is_read():
+    """Arrays between pages that cannot be read: reading past an end would kill the process."""
+    done = in_a_fresh_process(AT_THE_END)
+    assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr
+
+
 # --- instruction sets -----------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ constexpr index_t kLeastBlock = 256;  // rows; a block's partial sums then cost 
 constexpr index_t kGatherLanes = 64;
 
 // Rows of a unit between two looks at whether to give up; a multiple of kLeafRows.
-constexpr index_t kRowsBetweenQuestions = 256;
+constexpr index_t kRowsBetweenQuestions = 1024;
 
 constexpr unsigned kOperandsForward = bit(kX) | bit(kY) | bit(kWeight) | bit(kBias);
 constexpr unsigned kOperandsBackward = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kGradient);
@@ -463,9 +463,8 @@ class ColumnsBackward {
         };
         Strided dy = tile(call_.dy, call_.dtype, kDy), x = tile(call_.x, call_.dtype, kX);
         Strided w = weighted() ? tile(call_.weight, call_.weight_dtype, kWeight) : one<T>();
-        for (index_t r = 0; r < rows; r += kSumRows) {
-            if (r % kRowsBetweenQuestions == 0 && gives_up()) return;
-            const index_t n = rows - r < kSumRows ? rows - r : kSumRows;
+        for (index_t r = 0; r < rows && !gives_up(); r += kRowsBetweenQuestions) {
+            const index_t n = rows - r < kRowsBetweenQuestions ? rows - r : kRowsBetweenQuestions;
             backward(k_, dy, x, w, Strided{}, s, n, lanes, {sum_g, sum_g_xhat}, schedule_.far);
             for (Strided* operand : {&dy, &x, &w}) operand->p += n * operand->row;
         }

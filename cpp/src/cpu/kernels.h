@@ -209,7 +209,7 @@ struct Kernels {
     // Down the rows: dx, or the sums of each lane, or both in one reading. First index: statistics are one entry a row
     // (0) or a lane (1); second: w likewise. Sums alone (dx.p null) are of g = w * dy, as the mean over S wants; beside
     // dx they are of dy, as the gradient of w wants. stream: dx goes past the caches; for sums alone: dy and x come
-    // from memory, and the rows that follow are asked for. Precondition for sums: rows <= kSumRows.
+    // from memory, and the rows that follow are asked for. Precondition for sums beside dx: rows <= kSumRows.
     void (*backward_down[2][2])(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, DownSums sums,
                                 bool stream);
 

@@ -1,296 +1,13 @@
-// Kernels down the rows: neighbouring lanes are different sets. Sums keep a chunk of a few vectors of lanes in
-// registers while the rows of a leaf go by; results are written row by row. Part of kernels.cpp.
+// Kernels down the rows: neighbouring lanes are different sets. Results are written row by row. Part of kernels.cpp.
 #pragma once
 
-#include "kernels_along.h"
+#include "kernels_leaves.h"
 
 namespace {
-
-// Vectors of lanes that one pass down the rows takes: a backward pass holds 8 values for each, and AVX2 has 16
-// registers, AVX-512 32.
-#if defined(__AVX512F__)
-constexpr int kChunk = 4;
-#else
-constexpr int kChunk = 2;
-#endif
 
 // Rows whose lanes are taken together before the next chunk of lanes: enough to pay for loading the statistics, few
 // enough that the rows are read and written as so many forward streams.
 constexpr index_t kRowsAtOnce = 8;
-
-// Calls f(first lane, vectors in the chunk as a constant, elements in its last vector). The first `head` lanes, fewer
-// than a vector, go by themselves.
-template <class X, class F>
-NK_INLINE void for_chunks(index_t lanes, F f, index_t head = 0) {
-    constexpr index_t width = kWidth<X>;
-    index_t at = head < lanes ? head : lanes;
-    if (at > 0) f(index_t{0}, std::integral_constant<int, 1>{}, static_cast<int>(at));
-    for (; lanes - at >= kChunk * width; at += kChunk * width) {
-        f(at, std::integral_constant<int, kChunk>{}, static_cast<int>(width));
-    }
-    for (; lanes - at >= width; at += width) f(at, std::integral_constant<int, 1>{}, static_cast<int>(width));
-    if (at < lanes) f(at, std::integral_constant<int, 1>{}, static_cast<int>(lanes - at));
-}
-
-// Vector i of a chunk of V vectors; only the last may be part-filled.
-template <class X, int V>
-NK_INLINE Vec<X> load_chunk(const char* p, int i, int n) {
-    p += i * kMemoryBytes<X>;
-    return V > 1 ? load<X>(p) : load_rest<X>(p, n);
-}
-
-// Asks for a cache line to come to L2: the rows of the next leaf lie a row's length apart, in other pages, where the
-// hardware does not look ahead. To L1 it would push out what is being read, where rows lie a power of two apart, and a
-// core waits for few lines to L1 at a time.
-NK_INLINE void prefetch_far(const char* p) { __builtin_prefetch(p, 0, 2); }
-
-// One entry a lane of the statistics.
-template <class X, int V>
-NK_INLINE void load_lanes(Vec<X> (&v)[V], const Compute<X>* p, int n) {
-#pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) v[i] = load_chunk<Compute<X>, V>(reinterpret_cast<const char*>(p), i, n);
-}
-
-// The doubles that go with a chunk: for each of its vectors of n lanes a Widened.
-template <class X, int V>
-using Doubles = Widened<Compute<X>>[V];
-
-template <class X, int V>
-NK_INLINE void load_doubles(Doubles<X, V>& v, const double* p, int n) {
-    constexpr int W = Widened<Compute<X>>::kVectors;
-#pragma GCC unroll 8
-    for (int i = 0; i < V * W; ++i, n -= kWidth<double>) {
-        const char* at = reinterpret_cast<const char*>(p + i * kWidth<double>);
-        if constexpr (V > 1) {
-            v[i / W].v[i % W] = load<double>(at);
-        } else {
-            v[i / W].v[i % W] = n > 0 ? load_rest<double>(at, n) : Vec<double>{};
-        }
-    }
-}
-
-template <class X, int V>
-NK_INLINE void store_doubles(double* p, const Doubles<X, V>& v, int n) {
-    constexpr int W = Widened<Compute<X>>::kVectors;
-#pragma GCC unroll 8
-    for (int i = 0; i < V * W; ++i, n -= kWidth<double>) {
-        char* at = reinterpret_cast<char*>(p + i * kWidth<double>);
-        if (V > 1 || n >= kWidth<double>) {
-            store<double>(at, v[i / W].v[i % W]);
-        } else if (n > 0) {
-            store_first<double>(at, v[i / W].v[i % W], n);
-        }
-    }
-}
-
-// The moments of a leaf of `rows` <= kLeafRows rows, V vectors of lanes: the mean in double, then the squares about it
-// in X, one chain for the even rows and one for the odd ones. As along the lanes.
-//
-// Row by row in both parts, so that the squares of one chunk can be taken beside the mean of the next (leaves_down).
-template <class X, int V>
-class LeafChunk {
-  public:
-    using T = Compute<X>;
-    static constexpr int W = Widened<T>::kVectors;
-    // What is read twice is put side by side in L1, where rows a power of two apart would not stay: forward 15 % on
-    // batch NHWC 32 x 14^2 x 1024, 10 % on group NHWC 1 x 64^2 x 512, nothing where x is in L2.
-    using Staged = Vec<X>[V * kLeafRows];
-
-    NK_INLINE LeafChunk(In x, const T* origin, int n) : x_(x), n_(n) {
-        if constexpr (kAboutOrigin<X>) load_lanes<X, V>(from_, origin, n);
-    }
-
-    template <bool Far>
-    NK_INLINE void mean_row(index_t r, Staged& staged) {
-#pragma GCC unroll 4
-        for (int i = 0; i < V; ++i) {
-            const char* const p = x_.at(r) + i * kMemoryBytes<X>;
-            if constexpr (Far) prefetch_far(p + kLeafRows * x_.row);
-            const Vec<X> v = load_chunk<X, V>(x_.at(r), i, n_);
-            staged[r * V + i] = v;
-            if constexpr (kAboutOrigin<X>) {
-                means_[i].v[0] += v - from_[i];
-            } else {
-                const Widened<T> wide = V > 1 ? load_widened<X>(p) : widened<T>(v);
-#pragma GCC unroll 2
-                for (int j = 0; j < W; ++j) means_[i].v[j] = plus_(means_[i].v[j], wide.v[j]);
-            }
-        }
-    }
-    // The mean has all its rows.
-    NK_INLINE void finish_mean(index_t rows) {
-#pragma GCC unroll 4
-        for (int i = 0; i < V; ++i) {
-#pragma GCC unroll 2
-            for (int j = 0; j < W; ++j) {
-                // A power of two: multiplying is dividing, bit for bit.
-                means_[i].v[j] =
-                    rows == kLeafRows ? means_[i].v[j] * (1.0 / kLeafRows) : means_[i].v[j] / static_cast<double>(rows);
-            }
-            pilot_[i] = narrowed<T>(means_[i]);
-            if constexpr (kAboutOrigin<X>) pilot_[i] = pilot_[i] + from_[i];
-        }
-    }
-    template <int Odd>
-    NK_INLINE void squares_row(index_t r, const Staged& staged) {
-#pragma GCC unroll 4
-        for (int i = 0; i < V; ++i) {
-            const Vec<X> d = staged[r * V + i] - pilot_[i];
-            squares_[Odd][i] += d * d;
-        }
-    }
-    // Moments::merge, with the divisions of the counts taken out of the loop (all lanes have seen the same rows).
-    NK_INLINE void merge(double count, double seen, double* mean, double* M2) const {
-        const double share = count / (seen + count), weight = seen * share;
-        Doubles<X, V> all_mean, all_M2;
-        load_doubles<X, V>(all_mean, mean, n_);
-        load_doubles<X, V>(all_M2, M2, n_);
-#pragma GCC unroll 4
-        for (int i = 0; i < V; ++i) {
-            const Vec<X> pilot = kAboutOrigin<X> ? pilot_[i] - from_[i] : pilot_[i];  // less the origin, as the mean is
-            const Widened<T> about = widened<T>(pilot), squares = widened<T>(squares_[0][i] + squares_[1][i]);
-#pragma GCC unroll 2
-            for (int j = 0; j < W; ++j) {
-                const Vec<double> off = means_[i].v[j] - about.v[j], delta = means_[i].v[j] - all_mean[i].v[j];
-                all_mean[i].v[j] += delta * share;
-                all_M2[i].v[j] += M2_about_mean(squares.v[j], off, count) + delta * delta * weight;
-            }
-        }
-        store_doubles<X, V>(mean, all_mean, n_);
-        store_doubles<X, V>(M2, all_M2, n_);
-    }
-
-  private:
-    In x_;
-    int n_;
-    Vec<X> from_[V] = {}, pilot_[V] = {}, squares_[2][V] = {};
-    Doubles<X, V> means_ = {};
-    Adder<double> plus_;
-};
-
-// f(row, 0 or 1 as a constant), for even and odd rows.
-template <class F>
-NK_INLINE void for_row_pairs(index_t rows, F f) {
-    index_t r = 0;
-    for (; r + 1 < rows; r += 2) {
-        f(r, std::integral_constant<int, 0>{});
-        f(r + 1, std::integral_constant<int, 1>{});
-    }
-    if (r < rows) f(r, std::integral_constant<int, 0>{});
-}
-
-// A leaf of all lanes, V vectors of them at a time, as many as there are: from lane `first` on, to the lane returned.
-// The mean of a chunk is taken beside the squares of the one before: a core does one conversion to double at a time,
-// and has room for the squares meanwhile (one thread of a Zen 5, x in L2: 0.85 of the time of one after the other).
-template <class X, bool Far, int V>
-NK_INLINE index_t leaves_down(In x, const Compute<X>* origin, index_t rows, index_t lanes, index_t first, double seen,
-                              double* mean, double* M2) {
-    constexpr index_t kLanes = V * kWidth<X>;
-    if (lanes - first < kLanes) return first;
-    const double count = static_cast<double>(rows);
-    const auto chunk_at = [=](index_t lane) NK_INLINE_LAMBDA {
-        return LeafChunk<X, V>({x.p + bytes<X>(lane), x.row}, kAboutOrigin<X> ? origin + lane : nullptr, kWidth<X>);
-    };
-    typename LeafChunk<X, V>::Staged staged[2];
-    LeafChunk<X, V> last = chunk_at(first);
-    for (index_t r = 0; r < rows; ++r) last.template mean_row<Far>(r, staged[0]);
-    last.finish_mean(rows);
-    index_t lane = first + kLanes;
-    for (int turn = 1; lanes - lane >= kLanes; lane += kLanes, turn ^= 1) {
-        LeafChunk<X, V> next = chunk_at(lane);
-        for_row_pairs(rows, [&](index_t r, auto odd) NK_INLINE_LAMBDA {
-            next.template mean_row<Far>(r, staged[turn]);
-            last.template squares_row<odd>(r, staged[turn ^ 1]);
-        });
-        last.merge(count, seen, mean + lane - kLanes, M2 + lane - kLanes);
-        next.finish_mean(rows);
-        last = next;
-    }
-    const index_t turn = (lane - first) / kLanes % 2;  // of the chunk after the last
-    for_row_pairs(rows,
-                  [&](index_t r, auto odd) NK_INLINE_LAMBDA { last.template squares_row<odd>(r, staged[turn ^ 1]); });
-    last.merge(count, seen, mean + lane - kLanes, M2 + lane - kLanes);
-    return lane;
-}
-
-// The same about 0 (rms) or, in the loose build, about the first row: in one reading.
-template <class X, bool Center, int V>
-NK_INLINE void leaf_in_one_reading(In x, index_t rows, int n, double seen, double* mean, double* M2) {
-    using T = Compute<X>;
-    const double count = static_cast<double>(rows), share = count / (seen + count), weight = seen * share;
-    Vec<X> pilot[V] = {}, squares[2][V] = {}, sum[V] = {};
-#pragma GCC unroll 4
-    for (int i = 0; Center && i < V; ++i) pilot[i] = load_chunk<X, V>(x.p, i, n);
-    for_row_pairs(rows, [&](index_t r, auto odd) NK_INLINE_LAMBDA {
-#pragma GCC unroll 4
-        for (int i = 0; i < V; ++i) {
-            const Vec<X> d = load_chunk<X, V>(x.at(r), i, n) - pilot[i];
-            squares[odd][i] += d * d;
-            if constexpr (Center) sum[i] += d;
-        }
-    });
-    Doubles<X, V> all_mean, all_M2;
-    load_doubles<X, V>(all_mean, mean, n);
-    load_doubles<X, V>(all_M2, M2, n);
-#pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) {
-        const Widened<T> all = widened<T>(squares[0][i] + squares[1][i]);
-        [[maybe_unused]] const Widened<T> about = widened<T>(pilot[i]), sums = widened<T>(sum[i]);
-#pragma GCC unroll 2
-        for (int j = 0; j < Widened<T>::kVectors; ++j) {
-            if constexpr (Center) {
-                const Vec<double> off = sums.v[j] / count, delta = about.v[j] + off - all_mean[i].v[j];
-                all_mean[i].v[j] += delta * share;
-                all_M2[i].v[j] += M2_about_mean(all.v[j], off, count) + delta * delta * weight;
-            } else {
-                all_M2[i].v[j] += all.v[j];
-            }
-        }
-    }
-    if constexpr (Center) store_doubles<X, V>(mean, all_mean, n);
-    store_doubles<X, V>(M2, all_M2, n);
-}
-
-template <class X, bool Far>
-NK_INLINE void leaf_down(In x, const Compute<X>* origin, index_t rows, index_t lanes, double seen, bool center,
-                         double* mean, double* M2) {
-    if (!center || kLoose) {
-        for_chunks<X>(lanes, [=](index_t lane, auto v, int n) NK_INLINE_LAMBDA {
-            const In at{x.p + bytes<X>(lane), x.row};
-            if (kLoose && center) {
-                leaf_in_one_reading<X, kLoose, v>(at, rows, n, seen, mean + lane, M2 + lane);
-            } else {
-                leaf_in_one_reading<X, false, v>(at, rows, n, seen, mean + lane, M2 + lane);
-            }
-        });
-        return;
-    }
-    index_t lane = leaves_down<X, Far, kChunk>(x, origin, rows, lanes, 0, seen, mean, M2);
-    lane = leaves_down<X, Far, 1>(x, origin, rows, lanes, lane, seen, mean, M2);
-    if (lane == lanes) return;
-    LeafChunk<X, 1> rest({x.p + bytes<X>(lane), x.row}, kAboutOrigin<X> ? origin + lane : nullptr,
-                         static_cast<int>(lanes - lane));
-    typename LeafChunk<X, 1>::Staged staged;
-    for (index_t r = 0; r < rows; ++r) rest.template mean_row<false>(r, staged);
-    rest.finish_mean(rows);
-    for_row_pairs(rows, [&](index_t r, auto odd) NK_INLINE_LAMBDA { rest.template squares_row<odd>(r, staged); });
-    rest.merge(static_cast<double>(rows), seen, mean + lane, M2 + lane);
-}
-
-template <class X>
-void moments_down(In x, const Compute<X>* origin, index_t rows, index_t lanes, index_t seen, bool center, bool far,
-                  double* mean, double* M2) {
-    for (index_t r = 0; r < rows; r += kLeafRows) {
-        const In leaf{x.at(r), x.row};
-        const index_t n = rows - r < kLeafRows ? rows - r : kLeafRows;
-        const double before = static_cast<double>(seen + r);
-        if (far) {
-            leaf_down<X, true>(leaf, origin, n, lanes, before, center, mean, M2);
-        } else {
-            leaf_down<X, false>(leaf, origin, n, lanes, before, center, mean, M2);
-        }
-    }
-}
 
 // w (or b) of row r: one value for all lanes, or one a lane.
 template <class X, bool WLane, int V>
@@ -358,11 +75,6 @@ NK_INLINE index_t term_lanes(index_t lanes) {
     if (lanes <= most) return lanes;
     const index_t parts = (lanes + most - 1) / most;
     return ((lanes + parts - 1) / parts + line - 1) / line * line;
-}
-
-template <class X>
-NK_INLINE Vec<X> load_term(const Compute<X>* p, int n) {
-    return load_rest<Compute<X>>(reinterpret_cast<const char*>(p), n);
 }
 
 // f(lane, n) for the vectors of a row, its first `head` lanes by themselves.
@@ -837,6 +549,131 @@ NK_INLINE void sums_by_row(In dy, In x, In w, Statistics<Compute<X>> s, index_t 
     }
 }
 
+// The sums of the leaves of a chunk to those of all leaves, one after another.
+template <class X, class S>
+NK_INLINE void add_leaves(const Doubles<X, S::V>& of, double* all, index_t leaves, int n) {
+    if constexpr (S::P == 1) {
+        Doubles<X, 1> sum;
+        load_doubles<X, 1>(sum, all, n);
+#pragma GCC unroll 4
+        for (int v = 0; v < S::V; ++v) {
+#pragma GCC unroll 2
+            for (int j = 0; j < Widened<Compute<X>>::kVectors; ++j) sum[0].v[j] += of[v].v[j];
+        }
+        store_doubles<X, 1>(all, sum, n);
+    } else {
+        constexpr index_t kLanes = Parts<X, S::P>::kLanes;
+        char* const p = reinterpret_cast<char*>(all);
+        Vec<double> sum = load_rest<double>(p, n);
+        for (int v = 0; v < S::V; ++v) {
+            LaneDoubles<X> lanes;
+            lanes.put(of[v]);
+            for (index_t k = 0; k < S::P && v * S::P + k < leaves; ++k) sum += lanes.from(k * kLanes);
+        }
+        put<double, false>(p, sum, n);
+    }
+}
+
+// Sums of whole leaves of few lanes, statistics one a lane, w one for all; to those of all leaves.
+template <class X>
+void sums_of_few_lanes(In dy, In x, Compute<X> w, Statistics<Compute<X>> s, index_t leaves, index_t lanes, bool far,
+                       double* sum_g, double* sum_g_xhat) {
+    using T = Compute<X>;
+    constexpr int W = Widened<T>::kVectors;
+    const Vec<X> wv = splat<T>(w);
+    const Adder<T> plus;
+    for_few_lanes<X>(leaves, lanes,
+                     [&](auto shape, index_t lane, index_t side, int n, index_t first, index_t chunks)
+                         NK_INLINE_LAMBDA {
+                             using S = decltype(shape);
+                             using From = typename S::template From<X>;
+                             constexpr int V = S::V, P = S::P;
+                             for (index_t k = 0; k < side * chunks; ++k) {
+                                 const index_t i = first + k / side * (V * P), l = lane + k % side * kWidth<X>;
+                                 const auto from = [&](In of) NK_INLINE_LAMBDA {
+                                     const index_t leaf = kSumRows * of.row;
+                                     return From({{of.p + i * leaf + bytes<X>(l), of.row},
+                                                  leaf,
+                                                  leaves - i,
+                                                  n,
+                                                  far ? ahead_of(V * P, leaf) : 0});
+                                 };
+                                 const From from_dy = from(dy), from_x = from(x);
+                                 const Vec<X> hi = From::spread(s.hi + l, n), lo = From::spread(s.lo + l, n),
+                                              rstd = From::spread(s.rstd + l, n);
+                                 Vec<X> sum[V] = {}, sum_d[V] = {};
+                                 for (index_t r = 0; r < kSumRows; ++r) {
+#pragma GCC unroll 4
+                                     for (int v = 0; v < V; ++v) {
+                                         from_dy.ask(r, v);
+                                         from_x.ask(r, v);
+                                         const Vec<X> g = from_dy.load(r, v) * wv, d = from_x.load(r, v) - hi;
+                                         sum[v] = plus.by_turns(v, sum[v], g);
+                                         sum_d[v] += g * d;
+                                     }
+                                 }
+                                 const Widened<T> wide_lo = widened<T>(lo), wide_rstd = widened<T>(rstd);
+                                 Doubles<X, V> g, g_xhat;
+#pragma GCC unroll 4
+                                 for (int v = 0; v < V; ++v) {
+                                     g[v] = widened<T>(sum[v]);
+                                     const Widened<T> g_d = widened<T>(sum_d[v]);
+#pragma GCC unroll 2
+                                     for (int j = 0; j < W; ++j)
+                                         g_xhat[v].v[j] = xhat_sum(g[v].v[j], g_d.v[j], wide_lo.v[j], wide_rstd.v[j]);
+                                 }
+                                 add_leaves<X, S>(g, sum_g + l, leaves - i, n);
+                                 add_leaves<X, S>(g_xhat, sum_g_xhat + l, leaves - i, n);
+                             }
+                         });
+}
+
+// Sums alone, of any number of rows, leaf by leaf.
+template <class X, bool SLane, bool WLane>
+NK_INLINE void sums_down(In dy, In x, In w, Statistics<Compute<X>> s, index_t rows, index_t lanes, bool far,
+                         double* sum_g, double* sum_g_xhat) {
+    using T = Compute<X>;
+    constexpr index_t kLanes = kChunk * kWidth<X>;
+    const bool by_row = far && lanes >= kSumsByRow;
+    const bool alike = SLane && !WLane && w.row == 0 && !by_row;
+    const index_t in_chunks = alike ? lanes / kLanes * kLanes : lanes, few = lanes - in_chunks;
+    const index_t at_once = few > 0 ? leaves_at_once<X>(few, kSumRows * (x.row + dy.row), in_chunks == 0) : index_t{1};
+    for (index_t r = 0; r < rows;) {
+        const index_t whole = (rows - r) / kSumRows, leaves = whole < at_once ? whole : at_once;
+        const index_t n = leaves > 0 ? leaves * kSumRows : rows - r;
+        const auto leaf_by_leaf = [&](index_t lane, index_t all) NK_INLINE_LAMBDA {
+            const index_t o = bytes<X>(lane);
+            for (index_t i = r; i < r + n; i += kSumRows) {
+                const index_t of_leaf = r + n - i < kSumRows ? r + n - i : kSumRows;
+                const In here_dy = shifted(dy, i, o), here_x = shifted(x, i, o);
+                const In here_w = shifted(w, i, WLane ? bytes<T>(lane) : 0);
+                const Statistics<T> here = shifted(s, SLane ? lane : i * s.row);
+                if (by_row) {
+                    sums_by_row<X, SLane, WLane>(here_dy, here_x, here_w, here, of_leaf, all, sum_g + lane,
+                                                 sum_g_xhat + lane);
+                } else if (far) {
+                    backward_down_rows<X, SLane, WLane, false, true, true>(here_dy, here_x, here_w, {}, here, of_leaf,
+                                                                           all, sum_g + lane, sum_g_xhat + lane);
+                } else {
+                    backward_down_rows<X, SLane, WLane, false, true, false>(here_dy, here_x, here_w, {}, here, of_leaf,
+                                                                            all, sum_g + lane, sum_g_xhat + lane);
+                }
+            }
+        };
+        if (in_chunks > 0) leaf_by_leaf(0, in_chunks);
+        if constexpr (SLane && !WLane) {
+            if (few > 0 && leaves > 0) {
+                const index_t o = bytes<X>(in_chunks);
+                sums_of_few_lanes<X>(shifted(dy, r, o), shifted(x, r, o), value_at<T>(w.p), shifted(s, in_chunks),
+                                     leaves, few, far, sum_g + in_chunks, sum_g_xhat + in_chunks);
+            } else if (few > 0) {
+                leaf_by_leaf(in_chunks, few);
+            }
+        }
+        r += n;
+    }
+}
+
 template <class X, bool SLane, bool WLane>
 void backward_down(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes, DownSums sums,
                    bool stream) {
@@ -854,13 +691,7 @@ void backward_down(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t 
     }
     for (index_t l = 0; sum_g && sums.fresh && l < lanes; ++l) sum_g[l] = sum_g_xhat[l] = 0;
     if (!dx.p) {
-        if (stream && lanes >= kSumsByRow) {
-            sums_by_row<X, SLane, WLane>(dy, x, w, s, rows, lanes, sum_g, sum_g_xhat);
-        } else if (stream) {
-            backward_down_rows<X, SLane, WLane, false, true, true>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
-        } else {
-            backward_down_rows<X, SLane, WLane, false, true, false>(dy, x, w, dx, s, rows, lanes, sum_g, sum_g_xhat);
-        }
+        sums_down<X, SLane, WLane>(dy, x, w, s, rows, lanes, stream, sum_g, sum_g_xhat);
     } else if (!sum_g) {
         if (streamed) {
             backward_down_rows<X, SLane, WLane, true, false, true>(dy, x, w, dx, s, rows, lanes, nullptr, nullptr);

@@ -5,6 +5,7 @@
 // AVX-512 one for a machine without it (the hazard is described in numpy#25274).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -229,6 +230,71 @@ template <class X>
 NK_INLINE Vec<X> load_last(const char* p, int n) {
     return load_part<X>(p, kWidth<X> - n, n);
 }
+
+// P even parts of a vector, of which the first n lanes come from memory, `step` bytes from part to part, and the others
+// are zero; so are parts that are not there. No byte beside them is touched.
+template <class X, int P>
+class Parts {
+  public:
+    static constexpr int kLanes = kWidth<X> / P;  // n at most
+
+    NK_INLINE Parts(int n, int there) {
+#pragma GCC unroll 8
+        for (int i = 0; i < P; ++i) {
+            part_[i] = i < there ? (1u << n) - 1 : 0;
+            lanes_[i] = part_[i] << i * kLanes;
+        }
+    }
+    NK_INLINE Vec<X> load(const char* p, std::ptrdiff_t step) const {
+        Raw<X> raw = {};
+#pragma GCC unroll 8
+        for (int i = 0; i < P; ++i, p += step) add(raw, p, i);
+        return decoded<X>(raw);
+    }
+
+  private:
+#if defined(__AVX512F__)
+    // A load as long as the part and a shuffle: one as long as a vector, all but the part masked, mostly crosses a
+    // line.
+    NK_INLINE void add(Raw<X>& raw, const char* p, int i) const {
+        if constexpr (sizeof(X) == 2) {
+            p -= i * kLanes * static_cast<int>(sizeof(X));
+            raw = (Halves)_mm256_mask_loadu_epi16((__m256i)raw, static_cast<__mmask16>(lanes_[i]), p);
+        } else if constexpr (sizeof(X) == 4) {
+            const auto mask = static_cast<__mmask16>(lanes_[i]);
+            const auto part = static_cast<__mmask8>(part_[i]);
+            if constexpr (kLanes == 8) {
+                raw = (Vec<X>)_mm512_mask_broadcast_f32x8((__m512)raw, mask, _mm256_maskz_loadu_ps(part, p));
+            } else if constexpr (kLanes == 4) {
+                raw = (Vec<X>)_mm512_mask_broadcast_f32x4((__m512)raw, mask, _mm_maskz_loadu_ps(part, p));
+            } else {
+                static_assert(kLanes == 2);
+                raw = (Vec<X>)_mm512_mask_broadcast_f32x2((__m512)raw, mask, _mm_maskz_loadu_ps(part, p));
+            }
+        } else {
+            const auto mask = static_cast<__mmask8>(lanes_[i]), part = static_cast<__mmask8>(part_[i]);
+            if constexpr (kLanes == 4) {
+                raw = (Vec<X>)_mm512_mask_broadcast_f64x4((__m512d)raw, mask, _mm256_maskz_loadu_pd(part, p));
+            } else if constexpr (kLanes == 2) {
+                raw = (Vec<X>)_mm512_mask_broadcast_f64x2((__m512d)raw, mask, _mm_maskz_loadu_pd(part, p));
+            } else {
+                static_assert(kLanes == 1);
+                raw = (Vec<X>)_mm512_mask_broadcastsd_pd((__m512d)raw, mask, _mm_maskz_loadu_pd(part, p));
+            }
+        }
+    }
+#else
+    NK_INLINE void add(Raw<X>& raw, const char* p, int i) const {
+        for (int k = 0; part_[i] >> k != 0; ++k) {
+            auto lane = raw[0];
+            __builtin_memcpy(&lane, p + k * static_cast<int>(sizeof(X)), sizeof(X));
+            raw[i * kLanes + k] = lane;
+        }
+    }
+#endif
+
+    unsigned part_[P], lanes_[P];  // masks
+};
 
 // The first n lanes; no byte beyond them is touched.
 template <class X>
