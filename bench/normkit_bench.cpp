@@ -405,9 +405,10 @@ std::string path_taken() {
     const Path& path = this_thread_last_path();
     return std::string(path.walk) + (path.split ? " split" : "") + (path.resident ? " resident" : "") +
            (path.stream ? " stream" : "") +
-           (path.in_eights ? " in_eights"
-            : path.by_row  ? " by_row"
-                           : "");
+           (path.in_eights  ? " in_eights"
+            : path.in_parts ? " in_parts"
+            : path.by_row   ? " by_row"
+                            : "");
 }
 
 void run(benchmark::State& state, const std::string& name, const Case& c, Dtype dtype, int threads) {

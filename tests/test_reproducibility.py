@@ -242,7 +242,7 @@ def placed(a, past, gap=0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lanes", [512, 768, 1000, 1024, 1037, 1792, 2049, 4096])
+@pytest.mark.parametrize("lanes", [512, 768, 1000, 1024, 1037, 1792, 2048, 2049, 3072, 4096, 6151])
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_same_bits_wherever_x_and_parameters_lie(rng, norm, lanes, dtype):
     """Past the caches, vectors begin where lines of x do, and not with the row; sums are none the wiser.
@@ -272,6 +272,9 @@ def test_same_bits_wherever_x_and_parameters_lie(rng, norm, lanes, dtype):
         with _debug.force(isa=isa, threads=threads, stream=True, by_row=True, resident=True, split=False):
             got, path = run(*arrays, past_y)
         assert path["stream"] and path["by_row"]
+        # In parts: rows of two leaves that differ, and those without a mean of two and more.
+        parts = 2048 < lanes < 4096 if norm == "layer" else lanes >= 4096
+        assert path["in_parts"] == (parts and x.itemsize >= 4)
         same(got, expected)
 
 

@@ -436,6 +436,7 @@ py::dict py_last_path() {
     d["stream"] = path.stream;
     d["by_row"] = path.by_row;
     d["in_eights"] = path.in_eights;
+    d["in_parts"] = path.in_parts;
     return d;
 }
 

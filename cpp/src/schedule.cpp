@@ -36,6 +36,9 @@ index_t far_bytes(Writes writes, int threads) {
 }
 constexpr index_t kStreamRow = 32;
 
+// The same from which rms norm writes its longest rows in parts: those, x and y do not fit L3.
+constexpr index_t kFarParts = index_t{48} << 20;
+
 // The samples that the threads have in hand, in the columns walk, if their second sweep is to find them in the
 // last-level cache. Time with two sweeps of everything / sample by sample, one thread: group NHWC 2 x 64^2 x 320
 // forward 1.0 to 1.15; instance NHWC 256 x 28^2 x 128 backward 1.12 to 1.15, 4 x 128^2 x 128 forward 1.0 to 1.1.
@@ -123,6 +126,16 @@ bool lies_on_elements(const Plan& plan, index_t element) {
     return on_elements(plan.lane) && on_elements(plan.merge);
 }
 
+// Whether rows that are written past the caches are written in parts, so that what is one a lane stays in L1: rows of
+// several leaves that differ in length, and of rms norm long ones; not of 16 bits, half as many bytes beside as much
+// conversion. Time of whole rows / in parts, forward (one thread of
+// a Zen 5): docs/decisions/0002-schedule.md, "Long rows".
+bool parts_pay(const Plan& plan, index_t element, bool from_memory) {
+    if (!set_is_row(plan) || element < 4) return false;
+    const index_t lanes = plan.run.size();
+    return plan.center ? lanes > kLeafLanes && lanes < 2 * kLeafLanes : lanes >= 2 * kLeafLanes && from_memory;
+}
+
 bool choose(int forced, bool automatic) { return forced < 0 ? automatic : forced != 0; }
 
 }  // namespace
@@ -151,7 +164,7 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
         s.split = !s.resident;
         s.lanes = lanes_of_unit(lanes, merge);
     }
-    const index_t all = plan.total * element * (arrays + 1);
+    const index_t all = plan.total * element * (arrays + (write ? 1 : 0));
     const bool short_rows_pay = all >= far_bytes(Writes::beside, s.threads) || arrays > 1;
     const bool long_rows = plan.set_size * element >= (short_rows_pay ? kLeastRow : kLeastRowNear);
     const bool beyond_l2 = plan.total * element > l2_bytes() / 2 * s.threads;
@@ -168,6 +181,8 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
     s.in_eights = s.by_row && in_eights && (!s.far || plan.set_size * element * arrays <= kFarEights);
     s.stream =
         choose(forced.stream, write && !in_place && s.far && row >= kStreamRow) && lies_on_elements(plan, element);
+    s.in_parts =
+        s.by_row && s.stream && arrays == 1 && parts_pay(plan, element, choose(forced.stream, all >= kFarParts));
     return s;
 }
 

@@ -15,6 +15,7 @@ struct Schedule {
     bool stream = false;     // non-temporal stores
     bool by_row = false;     // the sums of one set beside the writing of another
     bool in_eights = false;  // and sets are short rows, of which a kernel has eight in hand
+    bool in_parts = false;   // long rows: some of their lanes of a few rows, and then the next lanes (kPartLanes)
     bool far = false;        // arrays come from memory: what is read next is asked for
     index_t lanes = 0;       // columns: neighbouring lanes in a unit, a multiple of merge.extent
 };

@@ -25,6 +25,7 @@ class Path(TypedDict):
     stream: bool
     by_row: bool
     in_eights: bool
+    in_parts: bool
 
 
 class _Settings(NamedTuple):

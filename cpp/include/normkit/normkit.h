@@ -136,7 +136,7 @@ struct Path {  // what the last call of this thread did
     const char* walk = "";
     const char* isa = "";
     int threads = 0;
-    bool split = false, resident = false, stream = false, by_row = false, in_eights = false;
+    bool split = false, resident = false, stream = false, by_row = false, in_eights = false, in_parts = false;
 };
 Choices& this_thread_choices();
 const Path& this_thread_last_path();

@@ -24,7 +24,8 @@ void record(const Plan& plan, const Schedule& s, const Isa& isa) {
                  s.resident,
                  s.stream,
                  s.by_row,
-                 s.in_eights};
+                 s.in_eights,
+                 s.in_parts};
 }
 
 }  // namespace

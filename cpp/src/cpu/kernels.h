@@ -124,6 +124,8 @@ struct Unwritten {
     bool (*next)(void* writer) = nullptr;
     void* writer = nullptr;
 
+    bool in_step = true;  // whether a row may be written beside those leaves that are a row, and no others
+
     bool done() const { return row == rows; }
 };
 
@@ -172,8 +174,8 @@ struct Kernels {
     using T = Compute<X>;
 
     // Moments of the leaves of n series, one after another.
-    // center = false: moments about zero.
-    void (*moments_along)(const LeafSeries* series, index_t n, bool center, Moments* out);
+    // center = false: moments about zero. far: they come from memory, and what is read next is asked for.
+    void (*moments_along)(const LeafSeries* series, index_t n, bool center, bool far, Moments* out);
 
     // The same while `tile` is written, as far as that goes. Index: its w_lane, with which leaves have one run each.
     void (*moments_beside[2])(const LeafSeries* series, index_t n, bool center, Moments* out, Unwritten<X>& tile);

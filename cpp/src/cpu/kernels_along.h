@@ -13,8 +13,10 @@ namespace {
 // elements took 1.4 times as long as 64 on layer norm 4096 x 768 (one thread of a Zen 4).
 constexpr index_t kTurn = 64;
 struct Nothing {
-    static constexpr bool kBehindHead = false;     // for_steps_behind
-    NK_INLINE bool asks() const { return false; }  // whether lines are to be asked for ahead
+    static constexpr bool kBehindHead = false;   // for_steps_behind
+    bool far = false;                            // what is summed comes from memory
+    NK_INLINE bool asks() const { return far; }  // whether lines are to be asked for ahead
+    NK_INLINE bool from_memory() const { return far; }
     NK_INLINE index_t turns() const { return std::numeric_limits<index_t>::max(); }
     NK_INLINE void turn() {}
 };
@@ -70,7 +72,7 @@ NK_INLINE void full_steps(index_t todo, index_t& at, index_t& asked, bool asks, 
 // steps the block's short sums go over to its long ones, so that no chain of additions in X is longer than kDepth.
 template <class B, class Beside>
 NK_INLINE void for_steps(index_t rows, index_t lanes, B& block, Beside& beside) {
-    const bool asks = beside.asks() || block.asks();
+    const bool asks = beside.asks();
     index_t steps = 0;
     for (index_t r = 0; r < rows; ++r) {
         block.row(r);
@@ -102,7 +104,7 @@ NK_INLINE void for_steps(index_t rows, index_t lanes, B& block, Beside& beside) 
 // each lane has its elements in the same order, and lanes that are half of all apart are added up, whichever is first.
 template <class B, class Beside>
 NK_INLINE void for_steps_behind(index_t head, index_t lanes, B& block, Beside& beside) {
-    const bool asks = beside.asks() || block.asks();
+    const bool asks = beside.asks();
     block.row(0);
     index_t asked = 0;
     for (index_t first = 0, end; first < lanes; first = end) {
@@ -149,9 +151,9 @@ NK_INLINE void ask_for_turn(const char* p, index_t at) {
     }
 }
 
-// Whether that pays with nothing beside: where runs lie far apart, so that it is a later set that is asked for. Batch
-// norm backward, with it over without: 32 x 2048 x 7^2, 32 x 128 x 28^2 0.7, 32 x 64 x 56^2 0.85; but instance norm 4 x
-// 128 x 128^2, whose runs follow each other, 1.2.
+// Whether that pays for backward sums with nothing beside: where runs lie far apart, so that it is a later set that is
+// asked for. Batch norm, with it over without: 32 x 2048 x 7^2, 32 x 128 x 28^2 0.7, 32 x 64 x 56^2 0.85; but instance
+// norm 4 x 128 x 128^2, whose runs follow each other, 1.2.
 NK_INLINE bool far_apart(In x) { return x.row > bytes<float>(2 * kLeafLanes); }
 
 // The sum of x in double: its mean is exact to the last bits of a double, as a mean that is multiplied by a large gamma
@@ -171,7 +173,6 @@ struct MeanBlock {
     Adder<double> plus;
 
     NK_INLINE void row(index_t r) { p = x.at(r); }
-    NK_INLINE bool asks() const { return far_apart(x); }
     NK_INLINE void ask_ahead(index_t at) { ask_for_turn<X>(p, at); }
     NK_INLINE void add(int i, Widened<Compute<X>> wide) {
 #pragma GCC unroll 2
@@ -225,7 +226,6 @@ struct SquaresBlock {
     Adder<Compute<X>> plus;
 
     NK_INLINE void row(index_t r) { p = x.at(r); }
-    NK_INLINE bool asks() const { return FirstReading && far_apart(x); }
     NK_INLINE void ask_ahead(index_t at) {
         if constexpr (FirstReading) ask_for_turn<X>(p, at);
     }
@@ -270,7 +270,6 @@ struct LooseBlock {
     double total = 0, total_squares = 0;
 
     NK_INLINE void row(index_t r) { p = x.at(r); }
-    NK_INLINE bool asks() const { return false; }
     NK_INLINE void ask_ahead(index_t) {}
     NK_INLINE void add(int i, Vec<X> d) {
         sum[i] += d;
@@ -337,6 +336,7 @@ class Squaring {
         block_.row(0);
     }
     NK_INLINE bool asks() const { return beside_.asks(); }
+    NK_INLINE static constexpr bool from_memory() { return false; }
     NK_INLINE index_t turns() const {
         const index_t own = (kLeafLanes - at_) / Block::kLanes, others = beside_.turns() / 2;
         return own < others ? own : others;
@@ -482,8 +482,16 @@ NK_INLINE void moments_of_leaves(const LeafSeries* series, index_t n, bool cente
         }
         return;
     }
-    // The mean of the next leaf before the squares of this one: what is left of a sum at its end, folding and a
-    // division, is latency, and hides behind other work.
+    // From memory one leaf after another, as its lines come. Nanoseconds for 16 elements, a sketch of moments alone
+    // (one thread of a Zen 5): 2.2, next mean first 3.8; with lines asked for 1.5 and 1.8. Nobody has counted why.
+    if (How == Leaf::in_turn && beside.from_memory()) {
+        for (; !leaf.done(); leaf.next()) {
+            *out++ = moments_of_leaf<X, false>(leaf.x(), leaf.rows(), leaf.lanes(), leaf.origin(), center, beside);
+        }
+        return;
+    }
+    // In a cache the mean of the next leaf before the squares of this one: what is left of a sum at its end, folding
+    // and a division, is latency, and hides behind other work.
     const auto mean_beside = [&](auto& work) NK_INLINE_LAMBDA {
         return leaf_mean<X>(leaf.x(), leaf.rows(), leaf.lanes(), leaf.origin(), work);
     };
@@ -523,9 +531,8 @@ class ShortRuns {
         : groups_((lanes - 1) / (2 * kStep)),
           last_(static_cast<int>(lanes - groups_ * 2 * kStep) - (R - 1) * kWidth<X>) {}
 
-    NK_INLINE double mean(In x, index_t rows, index_t lanes) const {
+    NK_INLINE double mean(In x, index_t rows, index_t lanes, bool asks) const {
         Vec<double> sum[K * W] = {};
-        const bool asks = far_apart(x);
         for (index_t r = 0; r < rows; ++r) {
             for (index_t at = 0; asks && at < lanes; at += kTurn) ask_for_turn<X>(x.at(r), at);
             for_vectors(x.at(r), [&](int i, Vec<X> v, auto) NK_INLINE_LAMBDA {
@@ -571,18 +578,18 @@ class ShortRuns {
 };
 
 template <class X, int R>
-void moments_of_short_runs(const LeafSeries* series, index_t n, Moments* out) {
+void moments_of_short_runs(const LeafSeries* series, index_t n, bool far, Moments* out) {
     using T = Compute<X>;
     LeafCursor<X> leaf(series, n);
     const ShortRuns<X, R> runs(leaf.lanes());
-    double next = runs.mean(leaf.x(), leaf.rows(), leaf.lanes());
+    double next = runs.mean(leaf.x(), leaf.rows(), leaf.lanes(), far);
     while (!leaf.done()) {
         const double mean = next;
         const In here = leaf.x();
         const index_t rows = leaf.rows(), lanes = leaf.lanes();
         const T pilot = static_cast<T>(mean);
         leaf.next();
-        if (!leaf.done()) next = runs.mean(leaf.x(), leaf.rows(), leaf.lanes());
+        if (!leaf.done()) next = runs.mean(leaf.x(), leaf.rows(), leaf.lanes(), far);
         const double squares = runs.squares(here, rows, pilot), count = static_cast<double>(rows * lanes);
         *out++ = {count, mean, M2_about_mean(squares, mean - static_cast<double>(pilot), count)};
     }
@@ -591,7 +598,7 @@ void moments_of_short_runs(const LeafSeries* series, index_t n, Moments* out) {
 // Null where runs of so many lanes have no such kernel: a sum of squares takes a whole number of runs, so these have
 // one, two or four groups; other instruction sets have too few registers.
 template <class X>
-NK_INLINE void (*short_runs_kernel([[maybe_unused]] index_t lanes))(const LeafSeries*, index_t, Moments*) {
+NK_INLINE void (*short_runs_kernel([[maybe_unused]] index_t lanes))(const LeafSeries*, index_t, bool, Moments*) {
     if constexpr (kVectorBytes == 64 && !kAboutOrigin<X>) {
         constexpr index_t kGroup = 2 * kStep;
         const index_t groups = (lanes + kGroup - 1) / kGroup;
@@ -623,21 +630,22 @@ NK_INLINE void for_alike(const LeafSeries* series, index_t n, bool center, Momen
 
 // A function for each way: GCC 12 keeps sums in registers only where functions are not too large.
 template <class X, Leaf How>
-void moments_along_as(const LeafSeries* series, index_t n, bool center, Moments* out) {
+void moments_along_as(const LeafSeries* series, index_t n, bool center, bool far, Moments* out) {
     Nothing nothing;
+    nothing.far = far;
     moments_of_leaves<X, How>(series, n, center, out, nothing);
 }
 
 template <class X>
-void moments_along(const LeafSeries* series, index_t n, bool center, Moments* out) {
-    for_alike(series, n, center, out, [center](Leaf how, const LeafSeries* alike, index_t m, Moments* to) {
+void moments_along(const LeafSeries* series, index_t n, bool center, bool far, Moments* out) {
+    for_alike(series, n, center, out, [center, far](Leaf how, const LeafSeries* alike, index_t m, Moments* to) {
         if (how == Leaf::in_turn && alike->rows > 1) {
-            if (const auto short_runs = short_runs_kernel<X>(alike->lanes)) return short_runs(alike, m, to);
+            if (const auto short_runs = short_runs_kernel<X>(alike->lanes)) return short_runs(alike, m, far, to);
         }
         const auto kernel = how == Leaf::about_zero ? moments_along_as<X, Leaf::about_zero>
                             : how == Leaf::in_turn  ? moments_along_as<X, Leaf::in_turn>
                                                     : moments_along_as<X, Leaf::overlapped>;
-        kernel(alike, m, center, to);
+        kernel(alike, m, center, far, to);
     });
 }
 
@@ -662,7 +670,6 @@ struct SumsBlock {
         p_w = w.at(r);
         if constexpr (!WLane) w_row = splat<X>(value_at<T>(p_w));
     }
-    NK_INLINE bool asks() const { return far_apart(x); }
     NK_INLINE void ask_ahead(index_t at) {
         ask_for_turn<X>(p_dy, at);
         ask_for_turn<X>(p_x, at);
@@ -721,6 +728,7 @@ void sums_along(const SumSeries* series, index_t n, Statistics<Compute<X>> s, Su
     Nothing nothing;
     for (; n > 0; --n, ++series) {
         const SumSeries all = *series;
+        nothing.far = far_apart(all.x);
         In dy = all.dy, x = all.x;
         for (index_t i = 0; i < all.leaves; ++i, dy.p += all.leaf_dy, x.p += all.leaf_x) {
             *out++ = sums_of_leaf<X, WLane>(dy, x, all.w, s, all.set + i * all.next_set, all.rows, all.lanes, nothing);
@@ -962,6 +970,7 @@ __attribute__((noinline, cold)) bool next_tile(const Unwritten<X>& tile) {
 template <class X, bool WLane, Stores How>
 class ApplyingTile {
   public:
+    NK_INLINE static constexpr bool from_memory() { return How != Stores::cached; }
     static constexpr bool kBehindHead = WLane && How == Stores::joined;
     NK_INLINE static index_t head_of_leaf(const char* x) { return head_of<X>(x); }
     NK_INLINE ApplyingTile(Unwritten<X>& tile, EndsOf<X, How, WLane>& ends)
@@ -992,7 +1001,7 @@ void moments_beside_tile(const LeafSeries* series, index_t n, bool center, Momen
     const index_t left = tile.rows - tile.row, per_row = rows.leaves / left;
     EndsOf<X, How, WLane> ends;
     if constexpr (How == Stores::joined) ends.go_on(*tile.seam);
-    if (As != Leaf::overlapped && n == 1 && per_row * left == rows.leaves && tile.lane == 0) {
+    if (As != Leaf::overlapped && tile.in_step && n == 1 && per_row * left == rows.leaves && tile.lane == 0) {
         // In step, row by row: what is known of a row then stays in registers.
         In x = rows.x, origin = rows.origin;
         for (; !tile.done(); ++tile.row) {
@@ -1014,7 +1023,7 @@ void moments_beside_tile(const LeafSeries* series, index_t n, bool center, Momen
 template <class X, bool WLane, Stores How>
 NK_INLINE void moments_beside_as(const LeafSeries* series, index_t n, bool center, Moments* out, Unwritten<X>& tile) {
     for_alike(series, n, center, out, [&](Leaf as, const LeafSeries* alike, index_t m, Moments* to) {
-        if (tile.done()) return moments_along<X>(alike, m, center, to);
+        if (tile.done()) return moments_along<X>(alike, m, center, tile.far, to);
         const auto kernel = as == Leaf::about_zero ? moments_beside_tile<X, Leaf::about_zero, WLane, How>
                             : as == Leaf::in_turn  ? moments_beside_tile<X, Leaf::in_turn, WLane, How>
                                                    : moments_beside_tile<X, Leaf::overlapped, WLane, How>;

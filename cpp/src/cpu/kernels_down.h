@@ -562,7 +562,7 @@ NK_INLINE void add_leaves(const Doubles<X, S::V>& of, double* all, index_t leave
         }
         store_doubles<X, 1>(all, sum, n);
     } else {
-        constexpr index_t kLanes = Parts<X, S::P>::kLanes;
+        constexpr index_t kLanes = Slots<X, S::P>::kLanes;
         char* const p = reinterpret_cast<char*>(all);
         Vec<double> sum = load_rest<double>(p, n);
         for (int v = 0; v < S::V; ++v) {

@@ -84,15 +84,14 @@ NK_INLINE void store_doubles(double* p, const Doubles<X, V>& v, int n) {
     }
 }
 
-// ------------------------------------------------------------------------------- where the vectors of a chunk come
-// from
+// ------------------------------------------------------------------------------ where the vectors of a chunk come from
 
 // V neighbours of each row, of which the last may be part-filled. Far: what comes after a leaf of so many rows is asked
 // for.
 template <class X, int V, bool Far>
 class Neighbours {
   public:
-    static constexpr bool kInTurn = false;
+    static constexpr bool kInTurn = false;  // take_moments
     static constexpr int kVectors = V;
     NK_INLINE Neighbours(In x, int n) : x_(x), n_(n) {}
     NK_INLINE Vec<X> load(index_t r, int i) const { return load_chunk<X, V>(x_.at(r), i, n_); }
@@ -142,15 +141,16 @@ class Apart {
     FewLanes<X> of_;
 };
 
-// P leaves are side by side in each vector; of a single vector, some may be missing.
+// P leaves are side by side in the slots of each vector; of a single vector, some may be missing.
 template <class X, int V, int P>
-class InParts {
+class InSlots {
   public:
+    // Masks of so many slots leave no registers for two chunks: 3 lanes 1.5 times as long, 8 lanes 0.8.
     static constexpr bool kInTurn = P > 2;
     static constexpr int kVectors = V;
-    NK_INLINE explicit InParts(const FewLanes<X>& of)
-        : of_(of), parts_(of.n, V > 1 || of.leaves > P ? P : static_cast<int>(of.leaves)) {}
-    NK_INLINE Vec<X> load(index_t r, int i) const { return parts_.load(at(r, i), of_.leaf); }
+    NK_INLINE explicit InSlots(const FewLanes<X>& of)
+        : of_(of), slots_(of.n, V > 1 || of.leaves > P ? P : static_cast<int>(of.leaves)) {}
+    NK_INLINE Vec<X> load(index_t r, int i) const { return slots_.load(at(r, i), of_.leaf); }
     NK_INLINE Widened<Compute<X>> widen(index_t, int, Vec<X> v) const { return widened<Compute<X>>(v); }
     // Rows without gaps: their lines, as they lie, which P of them are less than one of.
     NK_INLINE void ask(index_t r, int i) const {
@@ -160,13 +160,13 @@ class InParts {
         for (int p = 0; p < P; ++p) prefetch_far(at(r, i) + p * of_.leaf + of_.ahead);
     }
     NK_INLINE static Vec<X> spread(const Compute<X>* p, int n) {
-        return Parts<Compute<X>, P>(n, P).load(reinterpret_cast<const char*>(p), 0);
+        return Slots<Compute<X>, P>(n, P).load(reinterpret_cast<const char*>(p), 0);
     }
 
   private:
     NK_INLINE const char* at(index_t r, int i) const { return of_.x.at(r) + i * P * of_.leaf; }
     FewLanes<X> of_;
-    Parts<X, P> parts_;
+    Slots<X, P> slots_;
 };
 
 template <int V_, int P_, bool Whole_>
@@ -174,12 +174,12 @@ struct Shape {
     static constexpr int V = V_, P = P_;  // leaves of a chunk: V * P
     static constexpr bool Whole = Whole_;
     template <class X>
-    using From = std::conditional_t<P == 1, Apart<X, V, Whole>, InParts<X, V, P>>;
+    using From = std::conditional_t<P == 1, Apart<X, V, Whole>, InSlots<X, V, P>>;
 };
 
-// f(even parts of a vector that have room for n lanes, as a constant): a power of two, 8 at most.
+// f(slots of a vector that have room for n lanes each, as a constant): a power of two, 8 at most.
 template <class X, class F>
-NK_INLINE void with_parts(int n, F f) {
+NK_INLINE void with_slots(int n, F f) {
     constexpr int width = kWidth<X>;
     if constexpr (width >= 8) {
         if (n <= width / 8) return f(std::integral_constant<int, 8>{});
@@ -190,16 +190,16 @@ NK_INLINE void with_parts(int n, F f) {
     if (n <= width / 2) return f(std::integral_constant<int, 2>{});
     f(std::integral_constant<int, 1>{});
 }
-constexpr int kPartVectors = 2;
+constexpr int kSlotVectors = 2;
 
 // Leaves of few lanes that are taken before the next: whole chunks of them, and where they are all of a row, as many as
-// stay in L1 from one vector of their rows to the next.
+// stay in L1 until the last, part-filled vector of their rows has its turn.
 template <class X>
 NK_INLINE index_t leaves_at_once(index_t lanes, index_t leaf, bool whole_rows) {
     constexpr index_t kStays = 32 * 1024;
     index_t least = kChunk;
     const int n = static_cast<int>(lanes % kWidth<X>);
-    if (n > 0) with_parts<X>(n, [&](auto p) { least = p > 1 && kPartVectors * p > least ? kPartVectors * p : least; });
+    if (n > 0) with_slots<X>(n, [&](auto p) { least = p > 1 && kSlotVectors * p > least ? kSlotVectors * p : least; });
     if (!whole_rows) return least;
     if (n == 0) return 64;
     const index_t stay = leaf > 0 ? kStays / leaf / least : 0;
@@ -224,13 +224,13 @@ NK_INLINE void for_few_lanes(index_t leaves, index_t lanes, F f) {
     if (vectors > 0) apart(0, vectors, kWidth<X>, std::true_type{});
     if (lanes == in_whole) return;
     const int n = static_cast<int>(lanes - in_whole);
-    with_parts<X>(n, [&](auto parts) NK_INLINE_LAMBDA {
-        constexpr int P = parts;
+    with_slots<X>(n, [&](auto slots) NK_INLINE_LAMBDA {
+        constexpr int P = slots;
         if constexpr (P == 1) {
             apart(in_whole, 1, n, std::false_type{});
         } else {
-            const index_t chunks = leaves / (kPartVectors * P), first = chunks * kPartVectors * P;
-            f(Shape<kPartVectors, P, false>{}, in_whole, index_t{1}, n, index_t{0}, chunks);
+            const index_t chunks = leaves / (kSlotVectors * P), first = chunks * kSlotVectors * P;
+            f(Shape<kSlotVectors, P, false>{}, in_whole, index_t{1}, n, index_t{0}, chunks);
             f(Shape<1, P, false>{}, in_whole, index_t{1}, n, first, (leaves - first + P - 1) / P);
         }
     });
@@ -394,9 +394,9 @@ struct LaneMoments {
     }
     // The lanes of one are no more than a vector of doubles.
     template <int V, int P>
-    NK_INLINE void merge(const LeafChunk<X, InParts<X, V, P>>& of, index_t first, index_t leaves, index_t lane,
+    NK_INLINE void merge(const LeafChunk<X, InSlots<X, V, P>>& of, index_t first, index_t leaves, index_t lane,
                          int n) const {
-        constexpr index_t kLanes = Parts<X, P>::kLanes;
+        constexpr index_t kLanes = Slots<X, P>::kLanes;
         static_assert(kLanes <= kWidth<double>);
         char *const p_mean = reinterpret_cast<char*>(mean + lane), *const p_M2 = reinterpret_cast<char*>(M2 + lane);
         Vec<double> all_mean = load_rest<double>(p_mean, n), all_M2 = load_rest<double>(p_M2, n);

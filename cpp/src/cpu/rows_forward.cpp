@@ -124,12 +124,32 @@ class RowsForward {
 
     // Sets that are one row each: the moments of a few beside the writing of the few before.
     void rows_beside(index_t first, index_t last) const {
-        const index_t bytes = plan_.set_size * index_t{sizeof(X)};
-        const index_t few = bytes < kBesideBytes ? kBesideBytes / bytes : 1;
         Tiles rows(elements_, 0);
         rows.rows = tiles_.next;
+        const auto tile_of_batch = [&](const Batch& batch) {
+            return tile_at(batch.at, rows, {Offsets{}, batch.n, rows.lanes.extent}, batch.statistics.tile(0, 1, 0, 0));
+        };
+        if (schedule_.in_parts) {
+            WritingParts writing(k_);
+            few_rows_beside(first, last, kWholeLeavesBeside, writing, [&](const Batch& batch, index_t r, index_t n) {
+                writing.begin(tile_of_batch(batch), r, n, batch.statistics.tile(r, 1, 0, n).scale);
+            });
+        } else {
+            WritingTile writing(k_);
+            const bool whole_leaves = plan_.center && plan_.set_size == kLeafLanes;
+            few_rows_beside(first, last, whole_leaves ? kWholeLeavesBeside : kBesideBytes, writing,
+                            [&](const Batch& batch, index_t r, index_t n) {
+                                if (r == 0) writing.begin(tile_of_batch(batch));
+                                writing.add(r, n, batch.statistics.tile(r, 1, 0, n).scale);
+                            });
+        }
+    }
+
+    // As many at a time as have so many bytes. begin(batch, r, n): n rows from r on are to be written.
+    template <class W, class F>
+    void few_rows_beside(index_t first, index_t last, index_t bytes, W& writing, F begin) const {
+        const index_t row = plan_.set_size * index_t{sizeof(X)}, few = std::max(bytes / row, index_t{1});
         Batch batches[2];
-        WritingTile writing(k_);
         for (index_t set = first, i = 0; set < last && !gives_up(); i ^= 1) {
             Batch& batch = batches[i];
             take(set, last, &batch);
@@ -138,11 +158,7 @@ class RowsForward {
                 moments_of(&batch, r, n, [&] { return writing.tile(); });
                 writing.rest();
                 finish(&batch, r, n);
-                if (r == 0) {
-                    writing.begin(tile_at(batch.at, rows, {Offsets{}, batch.n, rows.lanes.extent},
-                                          batch.statistics.tile(0, 1, 0, 0)));
-                }
-                writing.add(r, n, batch.statistics.tile(r, 1, 0, n).scale);
+                begin(batch, r, n);
             }
             set += batch.n;
         }
@@ -169,9 +185,10 @@ class RowsForward {
     // point to must stay where it is.
     class WritingTile {
       public:
-        // next, writer: as in Unwritten.
-        explicit WritingTile(const KernelPair<X>& kernels, bool (*next)(void*) = nullptr, void* writer = nullptr)
-            : k_(kernels), next_(next), writer_(writer) {}
+        // next, writer, in_step: as in Unwritten.
+        explicit WritingTile(const KernelPair<X>& kernels, bool (*next)(void*) = nullptr, void* writer = nullptr,
+                             bool in_step = true)
+            : k_(kernels), next_(next), writer_(writer), in_step_(in_step) {}
         WritingTile(const WritingTile&) = delete;
         ~WritingTile() {
             if (seam_.bytes > 0) std::memcpy(seam_.at, seam_.vector, seam_.bytes);
@@ -183,6 +200,7 @@ class RowsForward {
             left_.seam = &seam_;
             left_.next = next_;
             left_.writer = writer_;
+            left_.in_step = in_step_;
             left_.row = left_.rows = 0;
         }
         // n of its rows, from `first` on, whose statistics have come, and `scale` with them (null: none).
@@ -203,10 +221,68 @@ class RowsForward {
         const KernelPair<X>& k_;
         bool (*const next_)(void*);
         void* const writer_;
+        const bool in_step_;
         ApplyTo<X> tile_;
         bool kernels_can_ = false;
         Unwritten<X> left_;  // of what has been added
         Seam seam_;
+    };
+
+    // Some rows of a tile, part by part of their lanes.
+    class WritingParts {
+      public:
+        explicit WritingParts(const KernelPair<X>& kernels)
+            : now_(
+                  kernels, [](void* self) { return static_cast<WritingParts*>(self)->tile() != nullptr; }, this,
+                  false) {}
+        WritingParts(const WritingParts&) = delete;
+
+        // Rows [first, first + n) of the tile; scale: as in WritingTile::add.
+        void begin(const ApplyTo<X>& tile, index_t first, index_t n, const T* scale) {
+            tile_ = tile;
+            first_ = first;
+            n_ = n;
+            scale_ = scale;
+            lane_ = 0;
+            lanes_ = lanes_of_part(tile.lanes);
+            first_lanes_ = lanes_ + lanes_to_line(tile.y);
+        }
+        // As WritingTile.
+        Unwritten<X>* tile() {
+            while (!now_.tile() && begin_next()) {
+            }
+            return now_.tile();
+        }
+        void rest() {
+            do {
+                now_.rest();
+            } while (begin_next());
+        }
+
+      private:
+        // So that parts end where lines do.
+        static index_t lanes_to_line(const Strided& y) {
+            const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p) % kLine);
+            if (past == 0 || y.row % kLine != 0 || y.lane != index_t{sizeof(X)} || past % y.lane != 0) return 0;
+            return (kLine - past) / y.lane;
+        }
+        bool begin_next() {
+            if (lane_ == tile_.lanes) return false;
+            ApplyTo<X> part = tile_;
+            for (Strided* o : {&part.x, &part.y, &part.w, &part.b}) {
+                if (o->p) o->p += lane_ * o->lane;
+            }
+            part.lanes = std::min(lane_ == 0 ? first_lanes_ : lanes_, tile_.lanes - lane_);
+            lane_ += part.lanes;
+            now_.begin(part);
+            now_.add(first_, n_, scale_);
+            return true;
+        }
+
+        ApplyTo<X> tile_;
+        index_t first_ = 0, n_ = 0, lane_ = 0, lanes_ = 0, first_lanes_ = 0;
+        const T* scale_ = nullptr;
+        WritingTile now_;
     };
 
     // A batch, tile by tile.
@@ -279,7 +355,7 @@ class RowsForward {
                 }
                 // What there is of a set that is one leaf goes where it belongs.
                 Moments* const to = leaves == 1 ? &batch->moments[first] : moments.get();
-                moments_along(k_, series.get(), taken, read_x_.lane(), plan_.center, to, beside());
+                moments_along(k_, series.get(), taken, read_x_.lane(), plan_.center, schedule_.far, to, beside());
                 for (index_t k = 0; leaves > 1 && k < taken * n; ++k) {
                     put(moments[k], l == 0 && k < n, &batch->moments[first + k % n]);
                 }
@@ -321,7 +397,7 @@ class RowsForward {
                 taken += some.n;
                 lane = at.lane;
             }
-            moments_along(k_, series.get(), n, lane, plan_.center, moments.get(), beside());
+            moments_along(k_, series.get(), n, lane, plan_.center, schedule_.far, moments.get(), beside());
             for (index_t i = 0; i < taken; ++i) f(moments[i]);
             left -= taken;
         }

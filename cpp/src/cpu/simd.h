@@ -231,18 +231,18 @@ NK_INLINE Vec<X> load_last(const char* p, int n) {
     return load_part<X>(p, kWidth<X> - n, n);
 }
 
-// P even parts of a vector, of which the first n lanes come from memory, `step` bytes from part to part, and the others
-// are zero; so are parts that are not there. No byte beside them is touched.
+// P slots of a vector, as long as each other, of which the first n lanes come from memory, `step` bytes from slot to
+// slot, and the others are zero; so are all of a slot that is not there. No byte beside them is touched.
 template <class X, int P>
-class Parts {
+class Slots {
   public:
     static constexpr int kLanes = kWidth<X> / P;  // n at most
 
-    NK_INLINE Parts(int n, int there) {
+    NK_INLINE Slots(int n, int there) {
 #pragma GCC unroll 8
         for (int i = 0; i < P; ++i) {
-            part_[i] = i < there ? (1u << n) - 1 : 0;
-            lanes_[i] = part_[i] << i * kLanes;
+            slot_[i] = i < there ? (1u << n) - 1 : 0;
+            lanes_[i] = slot_[i] << i * kLanes;
         }
     }
     NK_INLINE Vec<X> load(const char* p, std::ptrdiff_t step) const {
@@ -262,30 +262,30 @@ class Parts {
             raw = (Halves)_mm256_mask_loadu_epi16((__m256i)raw, static_cast<__mmask16>(lanes_[i]), p);
         } else if constexpr (sizeof(X) == 4) {
             const auto mask = static_cast<__mmask16>(lanes_[i]);
-            const auto part = static_cast<__mmask8>(part_[i]);
+            const auto slot = static_cast<__mmask8>(slot_[i]);
             if constexpr (kLanes == 8) {
-                raw = (Vec<X>)_mm512_mask_broadcast_f32x8((__m512)raw, mask, _mm256_maskz_loadu_ps(part, p));
+                raw = (Vec<X>)_mm512_mask_broadcast_f32x8((__m512)raw, mask, _mm256_maskz_loadu_ps(slot, p));
             } else if constexpr (kLanes == 4) {
-                raw = (Vec<X>)_mm512_mask_broadcast_f32x4((__m512)raw, mask, _mm_maskz_loadu_ps(part, p));
+                raw = (Vec<X>)_mm512_mask_broadcast_f32x4((__m512)raw, mask, _mm_maskz_loadu_ps(slot, p));
             } else {
                 static_assert(kLanes == 2);
-                raw = (Vec<X>)_mm512_mask_broadcast_f32x2((__m512)raw, mask, _mm_maskz_loadu_ps(part, p));
+                raw = (Vec<X>)_mm512_mask_broadcast_f32x2((__m512)raw, mask, _mm_maskz_loadu_ps(slot, p));
             }
         } else {
-            const auto mask = static_cast<__mmask8>(lanes_[i]), part = static_cast<__mmask8>(part_[i]);
+            const auto mask = static_cast<__mmask8>(lanes_[i]), slot = static_cast<__mmask8>(slot_[i]);
             if constexpr (kLanes == 4) {
-                raw = (Vec<X>)_mm512_mask_broadcast_f64x4((__m512d)raw, mask, _mm256_maskz_loadu_pd(part, p));
+                raw = (Vec<X>)_mm512_mask_broadcast_f64x4((__m512d)raw, mask, _mm256_maskz_loadu_pd(slot, p));
             } else if constexpr (kLanes == 2) {
-                raw = (Vec<X>)_mm512_mask_broadcast_f64x2((__m512d)raw, mask, _mm_maskz_loadu_pd(part, p));
+                raw = (Vec<X>)_mm512_mask_broadcast_f64x2((__m512d)raw, mask, _mm_maskz_loadu_pd(slot, p));
             } else {
                 static_assert(kLanes == 1);
-                raw = (Vec<X>)_mm512_mask_broadcastsd_pd((__m512d)raw, mask, _mm_maskz_loadu_pd(part, p));
+                raw = (Vec<X>)_mm512_mask_broadcastsd_pd((__m512d)raw, mask, _mm_maskz_loadu_pd(slot, p));
             }
         }
     }
 #else
     NK_INLINE void add(Raw<X>& raw, const char* p, int i) const {
-        for (int k = 0; part_[i] >> k != 0; ++k) {
+        for (int k = 0; slot_[i] >> k != 0; ++k) {
             auto lane = raw[0];
             __builtin_memcpy(&lane, p + k * static_cast<int>(sizeof(X)), sizeof(X));
             raw[i * kLanes + k] = lane;
@@ -293,7 +293,7 @@ class Parts {
     }
 #endif
 
-    unsigned part_[P], lanes_[P];  // masks
+    unsigned slot_[P], lanes_[P];  // masks
 };
 
 // The first n lanes; no byte beyond them is touched.

@@ -276,13 +276,13 @@ void sums_of_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, cons
 }
 
 template <class X>
-void moments_along(const KernelPair<X>& k, const LeafSeries* series, index_t n, index_t lane, bool center, Moments* out,
-                   Unwritten<X>* beside) {
+void moments_along(const KernelPair<X>& k, const LeafSeries* series, index_t n, index_t lane, bool center, bool far,
+                   Moments* out, Unwritten<X>* beside) {
     if (lane == index_t{sizeof(X)}) {
         if (beside) {
             k.direct.moments_beside[beside->w_lane](series, n, center, out, *beside);
         } else {
-            k.direct.moments_along(series, n, center, out);
+            k.direct.moments_along(series, n, center, far, out);
         }
         return;
     }
@@ -292,7 +292,7 @@ void moments_along(const KernelPair<X>& k, const LeafSeries* series, index_t n, 
         Strided x{s->x.p, s->x.row, lane, kDtype<X>};
         for (index_t i = 0; i < s->leaves; ++i, x.p += s->leaf, one.origin.p += s->origin.row) {
             gather(x, s->rows, s->lanes, px);
-            k.packed.moments_along(&one, 1, center, out++);
+            k.packed.moments_along(&one, 1, center, false, out++);
         }
     }
 }
@@ -355,7 +355,7 @@ template Strided zero<double>();
                                 index_t);                                                                              \
     template void sums_of_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,  \
                                   index_t, Sums*);                                                                     \
-    template void moments_along<X>(const KernelPair<X>&, const LeafSeries*, index_t, index_t, bool, Moments*,          \
+    template void moments_along<X>(const KernelPair<X>&, const LeafSeries*, index_t, index_t, bool, bool, Moments*,    \
                                    Unwritten<X>*);                                                                     \
     template bool to_write_beside<X>(const ApplyTo<X>&, Unwritten<X>*);                                                \
     template void write_rest<X>(const KernelPair<X>&, const ApplyTo<X>&, Unwritten<X>*);                               \

@@ -91,8 +91,8 @@ void sums_of_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, cons
 
 // As the kernels, of lanes that lie `lane` bytes apart. beside: a tile to be written meanwhile.
 template <class X>
-void moments_along(const KernelPair<X>& k, const LeafSeries* series, index_t n, index_t lane, bool center, Moments* out,
-                   Unwritten<X>* beside = nullptr);
+void moments_along(const KernelPair<X>& k, const LeafSeries* series, index_t n, index_t lane, bool center, bool far,
+                   Moments* out, Unwritten<X>* beside = nullptr);
 
 // As the kernels, of elements that they can read as they lie and sets that are not scaled; w is one a row.
 template <class X>
