@@ -253,6 +253,7 @@ def test_same_bits_wherever_x_and_parameters_lie(rng, norm, lanes, dtype):
     x[3] += 1000
     if dtype != "float16":  # rounding that would tell another order of additions, also of doubles
         x[9] = x[9].astype(np.float64) * 2.0 ** rng.integers(-40, 40, lanes)
+        x[21] *= np.array(2.0**-120, x.dtype)  # has to be scaled
     x[17, 5::7] = 0
     weight, bias = (random(rng, (lanes,), dtype=np.result_type(dtype, "float32")) for _ in range(2))
     forward, backward = getattr(nk, f"{norm}_norm_forward"), getattr(nk, f"{norm}_norm_backward")
@@ -273,8 +274,9 @@ def test_same_bits_wherever_x_and_parameters_lie(rng, norm, lanes, dtype):
             got, path = run(*arrays, past_y)
         assert path["stream"] and path["by_row"]
         # In parts: rows of two leaves that differ, and those without a mean of two and more.
-        parts = 2048 < lanes < 4096 if norm == "layer" else lanes >= 4096
-        assert path["in_parts"] == (parts and x.itemsize >= 4)
+        lines = lanes * size % 64 == 0
+        parts = 2048 < lanes < 4096 and (lines or lanes >= 2560) if norm == "layer" else lanes >= 4096 and lines
+        assert path["in_parts"] == (parts and size >= 4)
         same(got, expected)
 
 
@@ -652,6 +654,7 @@ def test_few_lanes_alone_and_together(rng, lanes, dtype):
 
 AT_THE_END = """
 import ctypes, mmap, sys
+import ml_dtypes
 import numpy as np
 import normkit as nk
 from normkit import _debug
@@ -674,13 +677,15 @@ def at_the_end(a, kept=[]):
 
 rng = np.random.default_rng(0)
 for lanes in (1, 2, 3, 4, 5, 7, 8, 9, 15, 17, 24, 40, 67):
-    for dtype in ("float32", "float64", "float16"):
+    for dtype in ("float32", "float64", "float16", "bfloat16"):
         for rows in (2, 33, 32 * 9):
-            x, dy = (at_the_end(rng.standard_normal((rows, lanes)).astype(dtype)) for _ in range(2))
+            x, dy = (at_the_end(rng.standard_normal((rows, lanes)).astype(np.dtype(dtype))) for _ in range(2))
+            weight, bias = (at_the_end(rng.standard_normal(lanes).astype(np.dtype(dtype))) for _ in range(2))
             for isa in _debug.isas():
-                with _debug.force(isa=isa):
-                    y, mean, rstd = nk.batch_norm_forward(x, None, None, training=True)[:3]
-                    nk.batch_norm_backward(dy, x, mean, rstd)
+                for stream in (False, True):
+                    with _debug.force(isa=isa, stream=stream):
+                        y, mean, rstd = nk.batch_norm_forward(x, None, None, weight, bias, training=True)[:3]
+                        nk.batch_norm_backward(dy, x, mean, rstd, weight)
 print("done")
 """
 

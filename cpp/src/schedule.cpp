@@ -36,7 +36,8 @@ index_t far_bytes(Writes writes, int threads) {
 }
 constexpr index_t kStreamRow = 32;
 
-// The same from which rms norm writes its longest rows in parts: those, x and y do not fit L3.
+// Bytes of x and y together, for which no L3 has room: from then on rms norm writes its longest rows in parts. On
+// several threads nothing is gained by it, and nothing lost.
 constexpr index_t kFarParts = index_t{48} << 20;
 
 // The samples that the threads have in hand, in the columns walk, if their second sweep is to find them in the
@@ -126,14 +127,16 @@ bool lies_on_elements(const Plan& plan, index_t element) {
     return on_elements(plan.lane) && on_elements(plan.merge);
 }
 
-// Whether rows that are written past the caches are written in parts, so that what is one a lane stays in L1: rows of
-// several leaves that differ in length, and of rms norm long ones; not of 16 bits, half as many bytes beside as much
-// conversion. Time of whole rows / in parts, forward (one thread of
-// a Zen 5): docs/decisions/0002-schedule.md, "Long rows".
-bool parts_pay(const Plan& plan, index_t element, bool from_memory) {
+// Whether rows that are written past the caches are written in parts, so that what is one a lane stays in L1: those of
+// two leaves that differ in length, and of rms norm long ones. Not of 16 bits, nor where each part of a row would begin
+// and end within a line, if there is not much of it. docs/decisions/0002-schedule.md, "Long rows".
+bool parts_pay(const Plan& plan, index_t element, bool beyond_l3) {
     if (!set_is_row(plan) || element < 4) return false;
+    constexpr index_t kLongEnough = 2560;
     const index_t lanes = plan.run.size();
-    return plan.center ? lanes > kLeafLanes && lanes < 2 * kLeafLanes : lanes >= 2 * kLeafLanes && from_memory;
+    const bool whole_lines = plan.kept.inner().stride[kY] % cpu::kLine == 0;
+    if (!plan.center) return lanes >= 2 * kLeafLanes && whole_lines && beyond_l3;
+    return lanes > kLeafLanes && lanes < 2 * kLeafLanes && (whole_lines || lanes >= kLongEnough);
 }
 
 bool choose(int forced, bool automatic) { return forced < 0 ? automatic : forced != 0; }

@@ -75,7 +75,7 @@ def force(
     resident : bool, optional
         Moments and normalization of one unit while it is in the cache (True), or in two sweeps (False).
     stream : bool, optional
-        Non-temporal stores.
+        Non-temporal stores, and what else suits arrays from memory: lines are asked for, long rows go in parts.
     by_row : bool, optional
         The sums of one set beside the writing of another, where kernels can do that; of short rows, eight at a time.
     """

@@ -115,6 +115,7 @@ struct Unwritten {
     index_t rows = 0, lanes = 0;
     bool stream = false, far = false;             // far: what is summed beside comes from memory
     bool lines = false;                           // all rows of y, of tiles that come next too, begin on lines
+    bool in_step = true;                          // a row may be written beside the leaves of one row, to its end
     bool w_lane = false;                          // w, b: one a row, or one a lane,
     bool w_constant = false, b_constant = false;  // of which one vector may stand for all
     index_t row = 0, lane = 0;
@@ -123,8 +124,6 @@ struct Unwritten {
     // stream, and lies whole elements from this one.
     bool (*next)(void* writer) = nullptr;
     void* writer = nullptr;
-
-    bool in_step = true;  // whether a row may be written beside those leaves that are a row, and no others
 
     bool done() const { return row == rows; }
 };

@@ -142,9 +142,9 @@ constexpr bool kAboutOrigin = std::is_same_v<X, double>;
 // Asks for the lines of a turn some way ahead in memory: of the next row or of a later set at the end of one. To L2
 // only: a core waits for few lines to L1 at a time, too few for the latency of memory (layer norm 8192 x 1024: 0.7
 // times as long as with lines asked to L1, at any distance).
+constexpr index_t kAhead = 8192;  // bytes
 template <class X>
 NK_INLINE void ask_for_turn(const char* p, index_t at) {
-    constexpr index_t kAhead = 8192;
     constexpr int kToL2 = 2;
     for (index_t line = 0; line < bytes<X>(kTurn); line += kLine) {
         __builtin_prefetch(p + bytes<X>(at) + kAhead + line, 0, kToL2);
@@ -483,7 +483,7 @@ NK_INLINE void moments_of_leaves(const LeafSeries* series, index_t n, bool cente
         return;
     }
     // From memory one leaf after another, as its lines come. Nanoseconds for 16 elements, a sketch of moments alone
-    // (one thread of a Zen 5): 2.2, next mean first 3.8; with lines asked for 1.5 and 1.8. Nobody has counted why.
+    // (one thread of a Zen 5): 2.2, next mean first 3.8; with lines asked for 1.5 and 1.8.
     if (How == Leaf::in_turn && beside.from_memory()) {
         for (; !leaf.done(); leaf.next()) {
             *out++ = moments_of_leaf<X, false>(leaf.x(), leaf.rows(), leaf.lanes(), leaf.origin(), center, beside);
@@ -970,7 +970,7 @@ __attribute__((noinline, cold)) bool next_tile(const Unwritten<X>& tile) {
 template <class X, bool WLane, Stores How>
 class ApplyingTile {
   public:
-    NK_INLINE static constexpr bool from_memory() { return How != Stores::cached; }
+    NK_INLINE static constexpr bool from_memory() { return How != Stores::cached; }  // so x is, too large for a cache
     static constexpr bool kBehindHead = WLane && How == Stores::joined;
     NK_INLINE static index_t head_of_leaf(const char* x) { return head_of<X>(x); }
     NK_INLINE ApplyingTile(Unwritten<X>& tile, EndsOf<X, How, WLane>& ends)

@@ -172,10 +172,9 @@ NK_INLINE void for_bundles(Bundle b, index_t r, index_t rows, F f) {
     }
 }
 
-// Bytes ahead that are asked for to L2 where arrays come from memory and rows follow each other. Time with it over time
-// without, one thread of a Zen 4: dx of batch norm 32 x 2048 x 7^2 0.72, 32 x 1024 x 14^2 0.82, of group norm 2 x 960 x
-// 64^2 0.79, of 64 to 256 channels 0.98 to 1.02; where arrays are in a cache 1.03 to 1.1.
-constexpr index_t kAheadOfTerms = 8192;
+// Where arrays come from memory and rows follow each other, what lies kAhead bytes ahead is asked for. Time with it
+// over time without, one thread of a Zen 4: dx of batch norm 32 x 2048 x 7^2 0.72, 32 x 1024 x 14^2 0.82, of group norm
+// 2 x 960 x 64^2 0.79, of 64 to 256 channels 0.98 to 1.02; where arrays are in a cache 1.03 to 1.1.
 
 // Row by row, so that memory sees one stream of each operand.
 template <class X, bool Stream>
@@ -217,7 +216,7 @@ void apply_terms(In x, Out y, const Terms<X, 3>& terms, Bundle b, index_t rows) 
     // reads two).
     for_bundles<X>(b, r, rows, [=](index_t row, index_t l, index_t t, int n) NK_INLINE_LAMBDA {
         const char* px = x.at(row) + bytes<X>(l);
-        if constexpr (Stream) prefetch_far(apart ? px + b.rows * x.row : px + kAheadOfTerms);
+        if constexpr (Stream) prefetch_far(apart ? px + b.rows * x.row : px + kAhead);
         const Vec<X> d = load_rest<X>(px, n) - load_term<X>(hi + t, n);
         put<X, Stream>(y.at(row) + bytes<X>(l), d * load_term<X>(a + t, n) + load_term<X>(c + t, n), n);
     });
@@ -402,8 +401,8 @@ void dx_terms_down(In dy, In x, Out dx, const Terms<X, 5>& terms, Bundle b, inde
     for_bundles<X>(b, r, rows, [=](index_t row, index_t l, index_t t, int n) NK_INLINE_LAMBDA {
         const char *pdy = dy.at(row) + bytes<X>(l), *px = x.at(row) + bytes<X>(l);
         if constexpr (Stream) {
-            prefetch_far(pdy + kAheadOfTerms);
-            prefetch_far(px + kAheadOfTerms);
+            prefetch_far(pdy + kAhead);
+            prefetch_far(px + kAhead);
         }
         put<X, Stream>(dx.at(row) + bytes<X>(l),
                        dx_of<Vec<X>>(load_rest<X>(pdy, n), load_rest<X>(px, n) - load_term<X>(hi + t, n),
@@ -498,9 +497,10 @@ NK_INLINE void backward_by_row(In dy, In x, In w, Out dx, Statistics<Compute<X>>
 constexpr index_t kRowByRow = 256;  // lanes
 
 // Sums alone, of at least one row, row by row: those of the lanes wait in L1, and memory is read in order. A few lanes
-// of all rows, with sums in registers, wait for memory. Time of those / row by row, group norm NHWC 2 x 64^2, sums
-// alone (one thread of a Zen 5): 960 channels 1.3, 1024 1.65; of the whole backward pass 1.04, 1.15. Where arrays are
-// in a cache 0.97, and below this many lanes 0.9.
+// of all rows, with sums in registers, wait for memory. Asked for kAhead bytes ahead, as what is written later: the
+// whole pass of 2 x 960 x 64^2 0.9 of the time, of batch norm 32 x 1024 x 14^2 and 32 x 512 x 28^2 0.92. Time of those
+// / row by row, group norm NHWC 2 x 64^2, sums alone (one thread of a Zen 5): 960 channels 1.3, 1024 1.65; of the whole
+// backward pass 1.04, 1.15. Where arrays are in a cache 0.97, and below this many lanes 0.9.
 constexpr index_t kSumsByRow = 512;  // lanes
 template <class X, bool SLane, bool WLane>
 NK_INLINE void sums_by_row(In dy, In x, In w, Statistics<Compute<X>> s, index_t rows, index_t lanes, double* sum_g,
@@ -526,6 +526,8 @@ NK_INLINE void sums_by_row(In dy, In x, In w, Statistics<Compute<X>> s, index_t 
                 return is_first ? Vec<X>{} : load<T>(reinterpret_cast<const char*>(of + lane));
             };
             for_vectors<X>(all, 0, [&](index_t lane, int n) NK_INLINE_LAMBDA {
+                prefetch_far(pdy + bytes<X>(lane) + kAhead);
+                prefetch_far(px + bytes<X>(lane) + kAhead);
                 const Vec<X> g =
                     load_rest<X>(pdy + bytes<X>(lane), n) * (WLane ? load_rest<T>(pw + bytes<T>(lane), n) : wv);
                 const Vec<X> d = load_rest<X>(px + bytes<X>(lane), n) - (SLane ? load_term<X>(s.hi + k + lane, n) : hi);
@@ -565,8 +567,8 @@ NK_INLINE void add_leaves(const Doubles<X, S::V>& of, double* all, index_t leave
         constexpr index_t kLanes = Slots<X, S::P>::kLanes;
         char* const p = reinterpret_cast<char*>(all);
         Vec<double> sum = load_rest<double>(p, n);
+        LaneDoubles<X> lanes;
         for (int v = 0; v < S::V; ++v) {
-            LaneDoubles<X> lanes;
             lanes.put(of[v]);
             for (index_t k = 0; k < S::P && v * S::P + k < leaves; ++k) sum += lanes.from(k * kLanes);
         }

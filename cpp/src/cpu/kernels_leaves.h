@@ -152,7 +152,7 @@ class InSlots {
         : of_(of), slots_(of.n, V > 1 || of.leaves > P ? P : static_cast<int>(of.leaves)) {}
     NK_INLINE Vec<X> load(index_t r, int i) const { return slots_.load(at(r, i), of_.leaf); }
     NK_INLINE Widened<Compute<X>> widen(index_t, int, Vec<X> v) const { return widened<Compute<X>>(v); }
-    // Rows without gaps: their lines, as they lie, which P of them are less than one of.
+    // One line for P rows that take no more, else one for each. Rows with gaps may be asked for twice, or not at all.
     NK_INLINE void ask(index_t r, int i) const {
         if (of_.ahead == 0) return;
         const index_t some = P * of_.x.row;
@@ -196,19 +196,18 @@ constexpr int kSlotVectors = 2;
 // stay in L1 until the last, part-filled vector of their rows has its turn.
 template <class X>
 NK_INLINE index_t leaves_at_once(index_t lanes, index_t leaf, bool whole_rows) {
-    constexpr index_t kStays = 32 * 1024;
+    constexpr index_t kStays = 32 * 1024, kAll = 64;  // kAll: more than a call brings
     index_t least = kChunk;
     const int n = static_cast<int>(lanes % kWidth<X>);
     if (n > 0) with_slots<X>(n, [&](auto p) { least = p > 1 && kSlotVectors * p > least ? kSlotVectors * p : least; });
     if (!whole_rows) return least;
-    if (n == 0) return 64;
+    if (n == 0) return kAll;
     const index_t stay = leaf > 0 ? kStays / leaf / least : 0;
     return stay > 1 ? stay * least : least;
 }
 
 // What is asked for: the same rows of a later chunk of so many leaves.
 NK_INLINE index_t ahead_of(index_t leaves, index_t leaf) {
-    constexpr index_t kAhead = 8192;
     const index_t chunk = leaves * leaf;
     return chunk > 0 ? (kAhead + chunk - 1) / chunk * chunk : 0;
 }
@@ -229,9 +228,13 @@ NK_INLINE void for_few_lanes(index_t leaves, index_t lanes, F f) {
         if constexpr (P == 1) {
             apart(in_whole, 1, n, std::false_type{});
         } else {
+            // What is left over, if most slots of the last vector would be empty, goes leaf by leaf: one leaf in eight
+            // slots took 1.4 times as long.
             const index_t chunks = leaves / (kSlotVectors * P), first = chunks * kSlotVectors * P;
+            const index_t last = leaves % P, alone = 4 * last <= P + 2 ? last : 0, in_slots = leaves - alone - first;
             f(Shape<kSlotVectors, P, false>{}, in_whole, index_t{1}, n, index_t{0}, chunks);
-            f(Shape<1, P, false>{}, in_whole, index_t{1}, n, first, (leaves - first + P - 1) / P);
+            f(Shape<1, P, false>{}, in_whole, index_t{1}, n, first, (in_slots + P - 1) / P);
+            f(Shape<1, 1, false>{}, in_whole, index_t{1}, n, leaves - alone, alone);
         }
     });
 }
@@ -249,8 +252,7 @@ struct LaneDoubles {
     NK_INLINE Vec<double> from(index_t lane) const { return load<double>(reinterpret_cast<const char*>(of + lane)); }
 };
 
-// ----------------------------------------------------------------------------------------------------------------
-// moments
+// ------------------------------------------------------------------------------------------------------------- moments
 
 // The moments of leaves of `rows` <= kLeafRows rows, for each lane of a chunk: the mean in double, then the squares
 // about it in X, one chain for the even rows and one for the odd ones. As along the lanes.
@@ -400,8 +402,8 @@ struct LaneMoments {
         static_assert(kLanes <= kWidth<double>);
         char *const p_mean = reinterpret_cast<char*>(mean + lane), *const p_M2 = reinterpret_cast<char*>(M2 + lane);
         Vec<double> all_mean = load_rest<double>(p_mean, n), all_M2 = load_rest<double>(p_M2, n);
+        LaneDoubles<X> means, M2s;
         for (int i = 0; i < V; ++i) {
-            LaneDoubles<X> means, M2s;
             means.put(of.mean(i));
             M2s.put(of.M2(i, kLeafRows));
             for (index_t p = 0; p < P && i * P + p < leaves; ++p) {

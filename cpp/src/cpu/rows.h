@@ -76,7 +76,8 @@ class LeafReader {
     Nest runs_, run_;
 };
 
-// Rows that go in parts (Schedule::in_parts) are written in even ones of so many lanes at most.
+// Rows that go in parts (Schedule::in_parts) are written in even ones, of so many lanes at most but for the first,
+// which goes on to where a line of y ends.
 constexpr index_t kPartLanes = 2048;
 inline index_t lanes_of_part(index_t lanes) {
     constexpr index_t kWhole = 64;  // lines, whatever the element
