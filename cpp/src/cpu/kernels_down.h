@@ -664,7 +664,7 @@ NK_INLINE void sums_down(In dy, In x, In w, Statistics<Compute<X>> s, index_t ro
         };
         if (in_chunks > 0) leaf_by_leaf(0, in_chunks);
         if constexpr (SLane && !WLane) {
-            if (few > 0 && leaves > 0) {
+            if (few > 0 && leaves >= kWorthTogether) {
                 const index_t o = bytes<X>(in_chunks);
                 sums_of_few_lanes<X>(shifted(dy, r, o), shifted(x, r, o), value_at<T>(w.p), shifted(s, in_chunks),
                                      leaves, few, far, sum_g + in_chunks, sum_g_xhat + in_chunks);

@@ -192,6 +192,10 @@ NK_INLINE void with_slots(int n, F f) {
 }
 constexpr int kSlotVectors = 2;
 
+// Leaves of few lanes that it pays to take together; less go one by one. Instance norm of 16 to 48 pixels and 12
+// channels took 1.1 to 1.2 times as long together.
+constexpr index_t kWorthTogether = 4;
+
 // Leaves of few lanes that are taken before the next: whole chunks of them, and where they are all of a row, as many as
 // stay in L1 until the last, part-filled vector of their rows has its turn.
 template <class X>
@@ -583,10 +587,14 @@ void moments_down(In x, const Compute<X>* origin, index_t rows, index_t lanes, i
             const In rest{x.at(r) + bytes<X>(in_chunks), x.row};
             const Compute<X>* const from = kAboutOrigin<X> ? origin + in_chunks : origin;
             const LaneMoments<X> all{static_cast<double>(seen + r), mean + in_chunks, M2 + in_chunks};
-            if (leaves > 0) {
+            if (leaves >= kWorthTogether) {
                 moments_of_few_lanes<X>(rest, from, leaves, few, far, all);
             } else {
-                leaf_in_chunks<X, false, 1>(rest, from, n, few, all);
+                for (index_t i = 0; i < n; i += kLeafRows) {
+                    const index_t of_leaf = n - i < kLeafRows ? n - i : kLeafRows;
+                    leaf_in_chunks<X, false, 1>({rest.at(i), rest.row}, from, of_leaf, few,
+                                                {all.seen + static_cast<double>(i), all.mean, all.M2});
+                }
             }
         }
         r += n;
