@@ -576,58 +576,59 @@ NK_INLINE void add_leaves(const Doubles<X, S::V>& of, double* all, index_t leave
     }
 }
 
+// Sums of the leaves of one chunk; statistics are those of its lanes.
+template <class X, class S, class From>
+NK_INLINE void sums_of_chunk(const From& dy, const From& x, Vec<X> w, Statistics<Compute<X>> s, index_t leaves, int n,
+                             double* sum_g, double* sum_g_xhat) {
+    using T = Compute<X>;
+    constexpr int V = S::V;
+    const Vec<X> hi = From::spread(s.hi, n), lo = From::spread(s.lo, n), rstd = From::spread(s.rstd, n);
+    const Adder<T> plus;
+    Vec<X> sum[V] = {}, sum_d[V] = {};
+    for (index_t r = 0; r < kSumRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            dy.ask(r, v);
+            x.ask(r, v);
+            const Vec<X> g = dy.load(r, v) * w, d = x.load(r, v) - hi;
+            sum[v] = plus.by_turns(v, sum[v], g);
+            sum_d[v] += g * d;
+        }
+    }
+    const Widened<T> wide_lo = widened<T>(lo), wide_rstd = widened<T>(rstd);
+    Doubles<X, V> g, g_xhat;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+        g[v] = widened<T>(sum[v]);
+        const Widened<T> g_d = widened<T>(sum_d[v]);
+#pragma GCC unroll 2
+        for (int j = 0; j < Widened<T>::kVectors; ++j) {
+            g_xhat[v].v[j] = xhat_sum(g[v].v[j], g_d.v[j], wide_lo.v[j], wide_rstd.v[j]);
+        }
+    }
+    add_leaves<X, S>(g, sum_g, leaves, n);
+    add_leaves<X, S>(g_xhat, sum_g_xhat, leaves, n);
+}
+
 // Sums of whole leaves of few lanes, statistics one a lane, w one for all; to those of all leaves.
 template <class X>
 void sums_of_few_lanes(In dy, In x, Compute<X> w, Statistics<Compute<X>> s, index_t leaves, index_t lanes, bool far,
                        double* sum_g, double* sum_g_xhat) {
-    using T = Compute<X>;
-    constexpr int W = Widened<T>::kVectors;
-    const Vec<X> wv = splat<T>(w);
-    const Adder<T> plus;
-    for_few_lanes<X>(leaves, lanes,
-                     [&](auto shape, index_t lane, index_t side, int n, index_t first, index_t chunks)
-                         NK_INLINE_LAMBDA {
-                             using S = decltype(shape);
-                             using From = typename S::template From<X>;
-                             constexpr int V = S::V, P = S::P;
-                             for (index_t k = 0; k < side * chunks; ++k) {
-                                 const index_t i = first + k / side * (V * P), l = lane + k % side * kWidth<X>;
-                                 const auto from = [&](In of) NK_INLINE_LAMBDA {
-                                     const index_t leaf = kSumRows * of.row;
-                                     return From({{of.p + i * leaf + bytes<X>(l), of.row},
-                                                  leaf,
-                                                  leaves - i,
-                                                  n,
-                                                  far ? ahead_of(V * P, leaf) : 0});
-                                 };
-                                 const From from_dy = from(dy), from_x = from(x);
-                                 const Vec<X> hi = From::spread(s.hi + l, n), lo = From::spread(s.lo + l, n),
-                                              rstd = From::spread(s.rstd + l, n);
-                                 Vec<X> sum[V] = {}, sum_d[V] = {};
-                                 for (index_t r = 0; r < kSumRows; ++r) {
-#pragma GCC unroll 4
-                                     for (int v = 0; v < V; ++v) {
-                                         from_dy.ask(r, v);
-                                         from_x.ask(r, v);
-                                         const Vec<X> g = from_dy.load(r, v) * wv, d = from_x.load(r, v) - hi;
-                                         sum[v] = plus.by_turns(v, sum[v], g);
-                                         sum_d[v] += g * d;
-                                     }
-                                 }
-                                 const Widened<T> wide_lo = widened<T>(lo), wide_rstd = widened<T>(rstd);
-                                 Doubles<X, V> g, g_xhat;
-#pragma GCC unroll 4
-                                 for (int v = 0; v < V; ++v) {
-                                     g[v] = widened<T>(sum[v]);
-                                     const Widened<T> g_d = widened<T>(sum_d[v]);
-#pragma GCC unroll 2
-                                     for (int j = 0; j < W; ++j)
-                                         g_xhat[v].v[j] = xhat_sum(g[v].v[j], g_d.v[j], wide_lo.v[j], wide_rstd.v[j]);
-                                 }
-                                 add_leaves<X, S>(g, sum_g + l, leaves - i, n);
-                                 add_leaves<X, S>(g_xhat, sum_g_xhat + l, leaves - i, n);
-                             }
-                         });
+    const Vec<X> wv = splat<Compute<X>>(w);
+    const auto sums = [&](auto shape, index_t lane, index_t side, int n, index_t first,
+                          index_t chunks) NK_INLINE_LAMBDA {
+        using S = decltype(shape);
+        using From = typename S::template From<X>;
+        for (index_t k = 0; k < side * chunks; ++k) {
+            const index_t i = first + k / side * (S::V * S::P), l = lane + k % side * kWidth<X>;
+            const auto from = [&](In of) NK_INLINE_LAMBDA {
+                const index_t leaf = kSumRows * of.row, ahead = far ? ahead_of(S::V * S::P, leaf) : 0;
+                return From({{of.p + i * leaf + bytes<X>(l), of.row}, leaf, leaves - i, n, ahead});
+            };
+            sums_of_chunk<X, S>(from(dy), from(x), wv, shifted(s, l), leaves - i, n, sum_g + l, sum_g_xhat + l);
+        }
+    };
+    for_few_lanes<X>(leaves, lanes, sums);
 }
 
 // Sums alone, of any number of rows, leaf by leaf.

@@ -145,7 +145,8 @@ class Apart {
 template <class X, int V, int P>
 class InSlots {
   public:
-    // Masks of so many slots leave no registers for two chunks: 3 lanes 1.5 times as long, 8 lanes 0.8.
+    // Masks of four slots and more leave no registers for two chunks: beside each other 3 lanes took 1.5 times as long,
+    // 8 lanes (two slots) 0.8.
     static constexpr bool kInTurn = P > 2;
     static constexpr int kVectors = V;
     NK_INLINE explicit InSlots(const FewLanes<X>& of)
@@ -469,16 +470,17 @@ NK_INLINE void leaf_in_chunks(In x, const Compute<X>* origin, index_t rows, inde
     const auto lanes_of = [=](index_t k) NK_INLINE_LAMBDA {
         return V == 1 && lanes - k * kLanes < kLanes ? static_cast<int>(lanes - k * kLanes) : kWidth<X>;
     };
-    take_moments<Leaf>((lanes + (V == 1 ? kLanes - 1 : 0)) / kLanes, rows,
-                       [&](index_t k) NK_INLINE_LAMBDA {
-                           Leaf leaf({{x.p + bytes<X>(k * kLanes), x.row}, lanes_of(k)});
-                           for (int i = 0; kAboutOrigin<X> && i < V; ++i) {
-                               leaf.origin(i) = load_term<X>(origin + k * kLanes + i * kWidth<X>, lanes_of(k));
-                           }
-                           return leaf;
-                       },
-                       [&](const Leaf& leaf, index_t k)
-                           NK_INLINE_LAMBDA { all.merge(leaf, rows, k * kLanes, lanes_of(k)); });
+    const auto chunk_at = [&](index_t k) NK_INLINE_LAMBDA {
+        Leaf leaf({{x.p + bytes<X>(k * kLanes), x.row}, lanes_of(k)});
+        for (int i = 0; kAboutOrigin<X> && i < V; ++i) {
+            leaf.origin(i) = load_term<X>(origin + k * kLanes + i * kWidth<X>, lanes_of(k));
+        }
+        return leaf;
+    };
+    const index_t chunks = (lanes + (V == 1 ? kLanes - 1 : 0)) / kLanes;
+    take_moments<Leaf>(chunks, rows, chunk_at, [&](const Leaf& leaf, index_t k) NK_INLINE_LAMBDA {
+        all.merge(leaf, rows, k * kLanes, lanes_of(k));
+    });
 }
 
 // Of whole leaves.
@@ -486,29 +488,28 @@ template <class X>
 void moments_of_few_lanes(In x, const Compute<X>* origin, index_t leaves, index_t lanes, bool far,
                           const LaneMoments<X>& all) {
     const index_t leaf = kLeafRows * x.row;
-    for_few_lanes<X>(
-        leaves, lanes,
-        [&](auto shape, index_t lane, index_t side, int n, index_t first, index_t chunks) NK_INLINE_LAMBDA {
-            using S = decltype(shape);
-            using Leaf = LeafChunk<X, typename S::template From<X>>;
-            const index_t ahead = far ? ahead_of(S::V * S::P, leaf) : 0;
-            const auto leaf_of = [=](index_t k) NK_INLINE_LAMBDA { return first + k / side * (S::V * S::P); };
-            const auto lane_of = [=](index_t k) NK_INLINE_LAMBDA { return lane + k % side * kWidth<X>; };
-            take_moments<Leaf>(
-                side * chunks, kLeafRows,
-                [&](index_t k) NK_INLINE_LAMBDA {
-                    const index_t i = leaf_of(k), l = lane_of(k);
-                    Leaf chunk(typename S::template From<X>(
-                        {{x.p + i * leaf + bytes<X>(l), x.row}, leaf, leaves - i, n, ahead}));
-                    if constexpr (kAboutOrigin<X>) {
-                        const Vec<X> one = S::template From<X>::spread(origin + l, n);
-                        for (int v = 0; v < S::V; ++v) chunk.origin(v) = one;
-                    }
-                    return chunk;
-                },
-                [&](const Leaf& chunk, index_t k)
-                    NK_INLINE_LAMBDA { all.merge(chunk, leaf_of(k), leaves - leaf_of(k), lane_of(k), n); });
+    const auto moments = [&](auto shape, index_t lane, index_t side, int n, index_t first,
+                             index_t chunks) NK_INLINE_LAMBDA {
+        using S = decltype(shape);
+        using From = typename S::template From<X>;
+        using Leaf = LeafChunk<X, From>;
+        const index_t ahead = far ? ahead_of(S::V * S::P, leaf) : 0;
+        const auto leaf_of = [=](index_t k) NK_INLINE_LAMBDA { return first + k / side * (S::V * S::P); };
+        const auto lane_of = [=](index_t k) NK_INLINE_LAMBDA { return lane + k % side * kWidth<X>; };
+        const auto chunk_at = [&](index_t k) NK_INLINE_LAMBDA {
+            const index_t i = leaf_of(k), l = lane_of(k);
+            Leaf chunk(From({{x.p + i * leaf + bytes<X>(l), x.row}, leaf, leaves - i, n, ahead}));
+            if constexpr (kAboutOrigin<X>) {
+                const Vec<X> one = From::spread(origin + l, n);
+                for (int v = 0; v < S::V; ++v) chunk.origin(v) = one;
+            }
+            return chunk;
+        };
+        take_moments<Leaf>(side * chunks, kLeafRows, chunk_at, [&](const Leaf& chunk, index_t k) NK_INLINE_LAMBDA {
+            all.merge(chunk, leaf_of(k), leaves - leaf_of(k), lane_of(k), n);
         });
+    };
+    for_few_lanes<X>(leaves, lanes, moments);
 }
 
 // The same about 0 (rms) or, in the loose build, about the first row: in one reading.
