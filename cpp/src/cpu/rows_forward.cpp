@@ -228,8 +228,8 @@ class RowsForward {
         Seam seam_;
     };
 
-    // Tile after tile. Tiles::begin_next() puts the next one in the place of now_; false: there is none.
-    template <class Tiles>
+    // Tile after tile. Which::begin_next() puts the next one in the place of now_; false: there is none.
+    template <class Which>
     class WritingTiles {
       public:
         WritingTiles(const KernelPair<X>& kernels, bool in_step)
@@ -254,11 +254,11 @@ class RowsForward {
         WritingTile now_;
 
       private:
-        bool begin_next() { return static_cast<Tiles*>(this)->begin_next(); }
+        bool begin_next() { return static_cast<Which*>(this)->begin_next(); }
     };
 
-    // Some rows of a tile, part by part of their lanes. Not in step: of rms norm 4096 long, that alone took 1.24 times
-    // as long.
+    // Some rows of a tile, part by part of their lanes. Not in step: rms norm with rows of 4096 took 1.24 times as long
+    // so.
     class WritingParts : public WritingTiles<WritingParts> {
       public:
         static constexpr bool kInStep = false;
