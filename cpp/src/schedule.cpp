@@ -72,12 +72,9 @@ constexpr index_t kLongSet = index_t{1} << 25;
 // Whole rows where they are not too long, so that memory is read and written without gaps; else even parts of them, of
 // whole sets and, where that can be, whole cache lines.
 index_t lanes_of_unit(index_t all, index_t merge) {
-    constexpr index_t kLine = 64;  // elements: whole cache lines, whatever the element
-    if (all <= kMostLanes) return all;
     index_t whole = merge;
-    while (whole % kLine != 0 && whole <= kMostLanes / 4) whole *= 2;
-    const index_t pieces = (all + kMostLanes - 1) / kMostLanes;
-    const index_t even = ((all + pieces - 1) / pieces + whole - 1) / whole * whole;
+    while (whole % cpu::kLine != 0 && whole <= kMostLanes / 4) whole *= 2;
+    const index_t even = cpu::lanes_of_part(all, kMostLanes, whole);
     return even <= kMostLanes ? even : kMostLanes / merge * merge;
 }
 

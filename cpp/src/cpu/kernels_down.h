@@ -68,15 +68,6 @@ struct Terms {
     alignas(64) Compute<X> of[N][kTermLanes<X, N> + kWidth<X>];
 };
 
-// Lanes that go together where a row has more than there is room for: even parts of whole cache lines.
-template <class X, int N>
-NK_INLINE index_t term_lanes(index_t lanes) {
-    constexpr index_t most = kTermLanes<X, N>, line = 64;
-    if (lanes <= most) return lanes;
-    const index_t parts = (lanes + most - 1) / most;
-    return ((lanes + parts - 1) / parts + line - 1) / line * line;
-}
-
 // f(lane, n) for the vectors of a row, its first `head` lanes by themselves.
 template <class X, class F>
 NK_INLINE void for_row(index_t lanes, index_t head, F f) {
@@ -222,7 +213,7 @@ void apply_terms(In x, Out y, const Terms<X, 3>& terms, Bundle b, index_t rows) 
     });
 }
 
-// w and b are the same for all rows; at most term_lanes of them.
+// w and b are the same for all rows; at most kTermLanes lanes.
 template <class X, bool WLane, bool Stream>
 NK_INLINE void apply_down_along(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     using T = Compute<X>;
@@ -248,7 +239,7 @@ constexpr index_t kWideRows = 32;
 template <class X, bool WLane, bool Stream>
 NK_INLINE void apply_down_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     if (w.row == 0 && b.row == 0) {
-        const index_t per = term_lanes<X, 3>(lanes), at_once = per < lanes ? kWideRows : rows;
+        const index_t per = lanes_of_part(lanes, kTermLanes<X, 3>), at_once = per < lanes ? kWideRows : rows;
         for (index_t r = 0; r < rows; r += at_once) {
             for (index_t l = 0; l < lanes; l += per) {
                 const index_t o = bytes<X>(l), ow = WLane ? bytes<Compute<X>>(l) : 0;
@@ -412,7 +403,7 @@ void dx_terms_down(In dy, In x, Out dx, const Terms<X, 5>& terms, Bundle b, inde
     });
 }
 
-// w is the same for all rows; at most term_lanes of them.
+// w is the same for all rows; at most kTermLanes lanes.
 template <class X, bool WLane, bool Stream>
 NK_INLINE void dx_down_along(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     using T = Compute<X>;
@@ -440,7 +431,7 @@ NK_INLINE void backward_down_rows(In dy, In x, In w, Out dx, Statistics<Compute<
                                   double* sum_g, double* sum_g_xhat) {
     if constexpr (SLane && Dx && !Sum) {
         if (w.row == 0) {
-            const index_t per = term_lanes<X, 5>(lanes);
+            const index_t per = lanes_of_part(lanes, kTermLanes<X, 5>);
             for (index_t lane = 0; lane < lanes; lane += per) {
                 const index_t o = bytes<X>(lane);
                 dx_down_along<X, WLane, Stream>(shifted(dy, 0, o), shifted(x, 0, o),
@@ -615,20 +606,18 @@ template <class X>
 void sums_of_few_lanes(In dy, In x, Compute<X> w, Statistics<Compute<X>> s, index_t leaves, index_t lanes, bool far,
                        double* sum_g, double* sum_g_xhat) {
     const Vec<X> wv = splat<Compute<X>>(w);
-    const auto sums = [&](auto shape, index_t lane, index_t side, int n, index_t first,
-                          index_t chunks) NK_INLINE_LAMBDA {
-        using S = decltype(shape);
+    for_few_lanes<X>(leaves, lanes, [&](auto chunks) NK_INLINE_LAMBDA {
+        using S = typename decltype(chunks)::Shape;
         using From = typename S::template From<X>;
-        for (index_t k = 0; k < side * chunks; ++k) {
-            const index_t i = first + k / side * (S::V * S::P), l = lane + k % side * kWidth<X>;
+        for (index_t k = 0; k < chunks.count(); ++k) {
+            const index_t i = chunks.leaf(k), l = chunks.lane(k);
             const auto from = [&](In of) NK_INLINE_LAMBDA {
-                const index_t leaf = kSumRows * of.row, ahead = far ? ahead_of(S::V * S::P, leaf) : 0;
-                return From({{of.p + i * leaf + bytes<X>(l), of.row}, leaf, leaves - i, n, ahead});
+                const index_t leaf = kSumRows * of.row, ahead = far ? ahead_of(chunks.kLeaves, leaf) : 0;
+                return From({{of.p + i * leaf + bytes<X>(l), of.row}, leaf, leaves - i, chunks.n, ahead});
             };
-            sums_of_chunk<X, S>(from(dy), from(x), wv, shifted(s, l), leaves - i, n, sum_g + l, sum_g_xhat + l);
+            sums_of_chunk<X, S>(from(dy), from(x), wv, shifted(s, l), leaves - i, chunks.n, sum_g + l, sum_g_xhat + l);
         }
-    };
-    for_few_lanes<X>(leaves, lanes, sums);
+    });
 }
 
 // Sums alone, of any number of rows, leaf by leaf.

@@ -217,13 +217,28 @@ NK_INLINE index_t ahead_of(index_t leaves, index_t leaf) {
     return chunk > 0 ? (kAhead + chunk - 1) / chunk * chunk : 0;
 }
 
-// f(shape, lane, vectors that lie side by side, lanes of each, first leaf, chunks of one vector): all of some leaves.
+// The chunks of one shape among some leaves: `side` vectors side by side, n lanes of each, of so many leaves. Number k
+// takes lanes from lane(k) on of kLeaves leaves from leaf(k) on, as far as there are so many.
+template <class X, class S>
+struct Chunks {
+    using Shape = S;
+    static constexpr index_t kLeaves = S::V * S::P;
+    index_t first_lane, side;
+    int n;
+    index_t first_leaf, of_vector;
+
+    NK_INLINE index_t count() const { return side * of_vector; }
+    NK_INLINE index_t leaf(index_t k) const { return first_leaf + k / side * kLeaves; }
+    NK_INLINE index_t lane(index_t k) const { return first_lane + k % side * kWidth<X>; }
+};
+
+// f(chunks), shape by shape: all of some leaves.
 template <class X, class F>
 NK_INLINE void for_few_lanes(index_t leaves, index_t lanes, F f) {
     const index_t vectors = lanes / kWidth<X>, in_whole = vectors * kWidth<X>;
     const auto apart = [&](index_t lane, index_t side, int n, auto whole) NK_INLINE_LAMBDA {
-        f(Shape<kChunk, 1, whole>{}, lane, side, n, index_t{0}, leaves / kChunk);
-        f(Shape<1, 1, whole>{}, lane, side, n, leaves / kChunk * kChunk, leaves % kChunk);
+        f(Chunks<X, Shape<kChunk, 1, whole>>{lane, side, n, 0, leaves / kChunk});
+        f(Chunks<X, Shape<1, 1, whole>>{lane, side, n, leaves / kChunk * kChunk, leaves % kChunk});
     };
     if (vectors > 0) apart(0, vectors, kWidth<X>, std::true_type{});
     if (lanes == in_whole) return;
@@ -237,9 +252,9 @@ NK_INLINE void for_few_lanes(index_t leaves, index_t lanes, F f) {
             // slots took 1.4 times as long.
             const index_t chunks = leaves / (kSlotVectors * P), first = chunks * kSlotVectors * P;
             const index_t last = leaves % P, alone = 4 * last <= P + 2 ? last : 0, in_slots = leaves - alone - first;
-            f(Shape<kSlotVectors, P, false>{}, in_whole, index_t{1}, n, index_t{0}, chunks);
-            f(Shape<1, P, false>{}, in_whole, index_t{1}, n, first, (in_slots + P - 1) / P);
-            f(Shape<1, 1, false>{}, in_whole, index_t{1}, n, leaves - alone, alone);
+            f(Chunks<X, Shape<kSlotVectors, P, false>>{in_whole, 1, n, 0, chunks});
+            f(Chunks<X, Shape<1, P, false>>{in_whole, 1, n, first, (in_slots + P - 1) / P});
+            f(Chunks<X, Shape<1, 1, false>>{in_whole, 1, n, leaves - alone, alone});
         }
     });
 }
@@ -488,28 +503,24 @@ template <class X>
 void moments_of_few_lanes(In x, const Compute<X>* origin, index_t leaves, index_t lanes, bool far,
                           const LaneMoments<X>& all) {
     const index_t leaf = kLeafRows * x.row;
-    const auto moments = [&](auto shape, index_t lane, index_t side, int n, index_t first,
-                             index_t chunks) NK_INLINE_LAMBDA {
-        using S = decltype(shape);
+    for_few_lanes<X>(leaves, lanes, [&](auto chunks) NK_INLINE_LAMBDA {
+        using S = typename decltype(chunks)::Shape;
         using From = typename S::template From<X>;
         using Leaf = LeafChunk<X, From>;
-        const index_t ahead = far ? ahead_of(S::V * S::P, leaf) : 0;
-        const auto leaf_of = [=](index_t k) NK_INLINE_LAMBDA { return first + k / side * (S::V * S::P); };
-        const auto lane_of = [=](index_t k) NK_INLINE_LAMBDA { return lane + k % side * kWidth<X>; };
+        const index_t ahead = far ? ahead_of(chunks.kLeaves, leaf) : 0;
         const auto chunk_at = [&](index_t k) NK_INLINE_LAMBDA {
-            const index_t i = leaf_of(k), l = lane_of(k);
-            Leaf chunk(From({{x.p + i * leaf + bytes<X>(l), x.row}, leaf, leaves - i, n, ahead}));
+            const index_t i = chunks.leaf(k), l = chunks.lane(k);
+            Leaf chunk(From({{x.p + i * leaf + bytes<X>(l), x.row}, leaf, leaves - i, chunks.n, ahead}));
             if constexpr (kAboutOrigin<X>) {
-                const Vec<X> one = From::spread(origin + l, n);
+                const Vec<X> one = From::spread(origin + l, chunks.n);
                 for (int v = 0; v < S::V; ++v) chunk.origin(v) = one;
             }
             return chunk;
         };
-        take_moments<Leaf>(side * chunks, kLeafRows, chunk_at, [&](const Leaf& chunk, index_t k) NK_INLINE_LAMBDA {
-            all.merge(chunk, leaf_of(k), leaves - leaf_of(k), lane_of(k), n);
+        take_moments<Leaf>(chunks.count(), kLeafRows, chunk_at, [&](const Leaf& chunk, index_t k) NK_INLINE_LAMBDA {
+            all.merge(chunk, chunks.leaf(k), leaves - chunks.leaf(k), chunks.lane(k), chunks.n);
         });
-    };
-    for_few_lanes<X>(leaves, lanes, moments);
+    });
 }
 
 // The same about 0 (rms) or, in the loose build, about the first row: in one reading.

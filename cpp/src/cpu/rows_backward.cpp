@@ -164,7 +164,7 @@ class RowsBackward {
             series[i].leaves = one_each ? n : per_set;
             series[i].next_set = one_each;
         }
-        sums_along(k_, series.get(), all, s, sums);
+        sums_along(k_, series.get(), all, s, schedule_.far, sums);
     }
 
     void cells_by_leaf(const Offsets& at, index_t n, const TileStatistics<T>& s, Sums* sums) const {
@@ -183,7 +183,7 @@ class RowsBackward {
                 series[m].leaves = some.n;
                 taken += some.n;
             }
-            sums_along(k_, series.get(), m, s, of_leaves.get());
+            sums_along(k_, series.get(), m, s, schedule_.far, of_leaves.get());
             for (index_t j = 0; j < taken; ++j) {
                 if (leaf == 0) *sums = {};
                 *sums += of_leaves[j];
@@ -471,7 +471,7 @@ class RowsBackward {
         x.row = next.stride[kX];
         const Strided w = call_.weight ? read_w_(call_.weight, row, nullptr) : one<T>();
         Sums sums[kSumRows];
-        sums_of_rows(k_, dy, x, w, statistics_.tile(set, 1, 0, n), n, row.lanes, sums);
+        sums_of_rows(k_, dy, x, w, statistics_.tile(set, 1, 0, n), n, row.lanes, schedule_.far, sums);
         finish(set, n, sums);
     }
 

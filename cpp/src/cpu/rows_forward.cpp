@@ -228,14 +228,16 @@ class RowsForward {
         Seam seam_;
     };
 
+    enum class InStep : bool { no, yes };  // as in Unwritten
+
     // Tile after tile. Which::begin_next() puts the next one in the place of now_; false: there is none.
     template <class Which>
     class WritingTiles {
       public:
-        WritingTiles(const KernelPair<X>& kernels, bool in_step)
+        WritingTiles(const KernelPair<X>& kernels, InStep in_step)
             : now_(
                   kernels, [](void* self) { return static_cast<WritingTiles*>(self)->tile() != nullptr; }, this,
-                  in_step) {}
+                  in_step == InStep::yes) {}
         WritingTiles(const WritingTiles&) = delete;
 
         // As WritingTile.
@@ -261,8 +263,7 @@ class RowsForward {
     // so.
     class WritingParts : public WritingTiles<WritingParts> {
       public:
-        static constexpr bool kInStep = false;
-        explicit WritingParts(const KernelPair<X>& kernels) : WritingTiles<WritingParts>(kernels, kInStep) {}
+        explicit WritingParts(const KernelPair<X>& kernels) : WritingTiles<WritingParts>(kernels, InStep::no) {}
 
         // Rows [first, first + n) of the tile; scale: as in WritingTile::add.
         void begin(const ApplyTo<X>& tile, index_t first, index_t n, const T* scale) {
@@ -271,7 +272,7 @@ class RowsForward {
             n_ = n;
             scale_ = scale;
             lane_ = 0;
-            lanes_ = lanes_of_part(tile.lanes);
+            lanes_ = lanes_of_part(tile.lanes, kPartLanes);
             first_lanes_ = lanes_ + lanes_to_line(tile.y);
         }
         bool begin_next() {
@@ -303,8 +304,7 @@ class RowsForward {
     // A batch, tile by tile.
     class Writing : public WritingTiles<Writing> {
       public:
-        static constexpr bool kInStep = true;
-        explicit Writing(const RowsForward& walk) : WritingTiles<Writing>(walk.k_, kInStep), walk_(walk) {}
+        explicit Writing(const RowsForward& walk) : WritingTiles<Writing>(walk.k_, InStep::yes), walk_(walk) {}
 
         // The batch must stay where it is.
         void begin(const Batch& batch) {

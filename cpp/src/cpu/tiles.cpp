@@ -245,7 +245,7 @@ Sums sums_along(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const 
     if (!s.scale && contiguous<X>(dy, lanes) && contiguous<X>(x, lanes) &&
         (per_row<T>(w, lanes) || contiguous<T>(w, lanes))) {
         const SumSeries one{in(dy), in(x), in(w), rows, lanes, 0, 0, 1};
-        k.direct.sums_along[!per_row<T>(w, lanes)](&one, 1, s, &sums);
+        k.direct.sums_along[!per_row<T>(w, lanes)](&one, 1, s, false, &sums);
         return sums;
     }
     T pdy[kLeafLanes], px[kLeafLanes], pw[kLeafLanes];
@@ -254,18 +254,18 @@ Sums sums_along(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const 
     multiply(s, rows, lanes, px);
     gather(w, rows, lanes, pw);
     const SumSeries one{packed(pdy, lanes), packed(px, lanes), packed(pw, lanes), rows, lanes, 0, 0, 1};
-    k.packed.sums_along[1](&one, 1, s, &sums);
+    k.packed.sums_along[1](&one, 1, s, false, &sums);
     return sums;
 }
 
 template <class X>
 void sums_of_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const TileStatistics<Compute<X>>& s,
-                  index_t leaves, index_t lanes, Sums* out) {
+                  index_t leaves, index_t lanes, bool far, Sums* out) {
     using T = Compute<X>;
     if (!s.scale && contiguous<X>(dy, lanes) && contiguous<X>(x, lanes) &&
         (per_row<T>(w, lanes) || contiguous<T>(w, lanes))) {
         const SumSeries all{in(dy), in(x), in(w), 1, lanes, dy.row, x.row, leaves, 0, s.row};
-        k.direct.sums_along[!per_row<T>(w, lanes)](&all, 1, s, out);
+        k.direct.sums_along[!per_row<T>(w, lanes)](&all, 1, s, far, out);
         return;
     }
     for (index_t i = 0; i < leaves; ++i) {
@@ -354,7 +354,7 @@ template Strided zero<double>();
     template Sums sums_along<X>(const KernelPair<X>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,    \
                                 index_t);                                                                              \
     template void sums_of_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,  \
-                                  index_t, Sums*);                                                                     \
+                                  index_t, bool, Sums*);                                                               \
     template void moments_along<X>(const KernelPair<X>&, const LeafSeries*, index_t, index_t, bool, bool, Moments*,    \
                                    Unwritten<X>*);                                                                     \
     template bool to_write_beside<X>(const ApplyTo<X>&, Unwritten<X>*);                                                \

@@ -87,7 +87,7 @@ Sums sums_along(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const 
 // The same for `leaves` sets that are one run each: rows of dy and x, and number i * s.row of the statistics.
 template <class X>
 void sums_of_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const TileStatistics<Compute<X>>& s,
-                  index_t leaves, index_t lanes, Sums* out);
+                  index_t leaves, index_t lanes, bool far, Sums* out);
 
 // As the kernels, of lanes that lie `lane` bytes apart. beside: a tile to be written meanwhile.
 template <class X>
@@ -96,9 +96,9 @@ void moments_along(const KernelPair<X>& k, const LeafSeries* series, index_t n, 
 
 // As the kernels, of elements that they can read as they lie and sets that are not scaled; w is one a row.
 template <class X>
-void sums_along(const KernelPair<X>& k, const SumSeries* series, index_t n, const Statistics<Compute<X>>& s,
+void sums_along(const KernelPair<X>& k, const SumSeries* series, index_t n, const Statistics<Compute<X>>& s, bool far,
                 Sums* out) {
-    k.direct.sums_along[0](series, n, s, out);
+    k.direct.sums_along[0](series, n, s, far, out);
 }
 
 // A tile that kernels can write as it lies, unless a set is scaled: to `out`. False where it is not like that.
