@@ -101,10 +101,13 @@ class LaneStatistics {
         for (index_t i = 0; i < n; ++i) put(first + i, Statistic{mean ? mean[i * step] : 0, 0, rstd[i * step]});
     }
     void put_given(const Plan& plan, const double* mean, const double* rstd) {
-        for (index_t outer = 0; outer < plan.kept.size(); ++outer) {
-            const index_t at = plan.kept.offset(kStatistic, outer), n = plan.lane.extent;
-            put(outer * n, n, mean ? mean + at : nullptr, rstd + at, plan.lane.stride[kStatistic]);
-        }
+        const index_t n = plan.lane.extent;
+        for (index_t outer = 0; outer < plan.kept.size(); ++outer) put_given(plan, mean, rstd, outer, 0, n);
+    }
+    // Of `n` sets of block `outer`.
+    void put_given(const Plan& plan, const double* mean, const double* rstd, index_t outer, index_t first, index_t n) {
+        const index_t step = plan.lane.stride[kStatistic], at = plan.kept.offset(kStatistic, outer) + first * step;
+        put(outer * plan.lane.extent + first, n, mean ? mean + at : nullptr, rstd + at, step);
     }
     void put_sums(index_t set, double mean_g, double mean_g_xhat) {
         for (index_t l = set * merge_; l < (set + 1) * merge_; ++l) lanes_.put_sums(l, mean_g, mean_g_xhat);
@@ -337,7 +340,6 @@ class ColumnsBackward {
     }
 
     void run() {
-        statistics_.put_given(plan_, call_.mean, call_.rstd);
         const bool wants_set_sums = call_.dx && !call_.constant_statistics;
         const bool wants_cells = call_.parameters && rows_share_parameters_;
         const index_t n = units_.count(), most = units_.most_lanes(), blocks = blocks_.count();
@@ -354,6 +356,7 @@ class ColumnsBackward {
         if (resident) {
             parallel_for(n, schedule_.threads, [&](index_t i) {
                 const Unit u = units_[i];
+                statistics_.put_given(plan_, call_.mean, call_.rstd, u.outer, u.first_set, u.sets);
                 if (sums) {
                     double* total = part(i, 0);
                     double block_sums[2 * kMostLanes];
@@ -368,6 +371,7 @@ class ColumnsBackward {
                 for (index_t t = 0; t < all_rows.count(); ++t) dx_tile(u, all_rows, t);
             });
         } else {
+            statistics_.put_given(plan_, call_.mean, call_.rstd);
             if (sums) {
                 parallel_for(n * blocks, schedule_.threads, [&](index_t i) {
                     const Part here = part_of(units_, blocks, i);
