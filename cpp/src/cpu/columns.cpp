@@ -101,13 +101,14 @@ class LaneStatistics {
         for (index_t i = 0; i < n; ++i) put(first + i, Statistic{mean ? mean[i * step] : 0, 0, rstd[i * step]});
     }
     void put_given(const Plan& plan, const double* mean, const double* rstd) {
-        const index_t n = plan.lane.extent;
-        for (index_t outer = 0; outer < plan.kept.size(); ++outer) put_given(plan, mean, rstd, outer, 0, n);
+        for (index_t outer = 0; outer < plan.kept.size(); ++outer) {
+            put_given(plan, mean, rstd, {outer, 0, plan.lane.extent, plan.lane.extent * merge_});
+        }
     }
-    // Of `n` sets of block `outer`.
-    void put_given(const Plan& plan, const double* mean, const double* rstd, index_t outer, index_t first, index_t n) {
-        const index_t step = plan.lane.stride[kStatistic], at = plan.kept.offset(kStatistic, outer) + first * step;
-        put(outer * plan.lane.extent + first, n, mean ? mean + at : nullptr, rstd + at, step);
+    void put_given(const Plan& plan, const double* mean, const double* rstd, const Unit& u) {
+        const index_t step = plan.lane.stride[kStatistic];
+        const index_t at = plan.kept.offset(kStatistic, u.outer) + u.first_set * step;
+        put(u.outer * plan.lane.extent + u.first_set, u.sets, mean ? mean + at : nullptr, rstd + at, step);
     }
     void put_sums(index_t set, double mean_g, double mean_g_xhat) {
         for (index_t l = set * merge_; l < (set + 1) * merge_; ++l) lanes_.put_sums(l, mean_g, mean_g_xhat);
@@ -356,7 +357,8 @@ class ColumnsBackward {
         if (resident) {
             parallel_for(n, schedule_.threads, [&](index_t i) {
                 const Unit u = units_[i];
-                statistics_.put_given(plan_, call_.mean, call_.rstd, u.outer, u.first_set, u.sets);
+                // By the thread that reads them: group norm 2 x 2560 x 8^2 on two threads 1.05 times as fast.
+                statistics_.put_given(plan_, call_.mean, call_.rstd, u);
                 if (sums) {
                     double* total = part(i, 0);
                     double block_sums[2 * kMostLanes];

@@ -66,10 +66,9 @@ NORMKIT_HOST_DEVICE bool begins_on_lines(In x, Out y, index_t bytes, std::size_t
     return on_lines(y) ? bytes >= 3584 && bytes <= 8192 && element >= 4 && x.row % kLine == 0 : bytes >= 2048;
 }
 
-// All of a row's lanes if they are at most `most`, else those of each part where it is cut into even parts of whole
-// pieces: cache lines, whatever the element, unless said otherwise. `most` is a multiple of a piece, or some of a piece
-// are too many.
-NORMKIT_HOST_DEVICE index_t lanes_of_part(index_t lanes, index_t most, index_t piece = kLine) {
+// Lanes of a part where a row of more than `most` is cut into even parts, each a multiple of `piece`: of 64 lanes,
+// which are whole cache lines whatever the element. They are at most `most` if that is such a multiple too.
+NORMKIT_HOST_DEVICE index_t lanes_of_part(index_t lanes, index_t most, index_t piece = 64) {
     if (lanes <= most) return lanes;
     const index_t parts = (lanes + most - 1) / most;
     return ((lanes + parts - 1) / parts + piece - 1) / piece * piece;
@@ -200,7 +199,8 @@ struct Kernels {
 
     void (*apply_down[2])(In x, Out y, In w, In b, Statistics<T> s, index_t rows, index_t lanes, bool stream);
 
-    // Sums of g = w * dy and g * xhat over the leaves of n series. Index, far: as above.
+    // Sums of g = w * dy and g * xhat over the leaves of n series, n >= 1. Index: as above. far: as for moments, where
+    // runs lie far apart.
     void (*sums_along[2])(const SumSeries* series, index_t n, Statistics<T> s, bool far, Sums* out);
 
     // dx = rstd * (w * dy - mean_g - xhat * mean_g_xhat).

@@ -13,9 +13,9 @@ namespace {
 // elements took 1.4 times as long as 64 on layer norm 4096 x 768 (one thread of a Zen 4).
 constexpr index_t kTurn = 64;
 struct Nothing {
-    static constexpr bool kBehindHead = false;   // for_steps_behind
-    bool far = false;                            // what is summed comes from memory
-    NK_INLINE bool asks() const { return far; }  // whether lines are to be asked for ahead
+    static constexpr bool kBehindHead = false;  // for_steps_behind
+    bool asking = false;
+    NK_INLINE bool asks() const { return asking; }  // whether lines are to be asked for ahead
     NK_INLINE index_t turns() const { return std::numeric_limits<index_t>::max(); }
     NK_INLINE void turn() {}
 };
@@ -152,18 +152,21 @@ NK_INLINE void ask_for_turn(const char* p, index_t at) {
     ask_for_turn<X>(p + bytes<X>(at) + kAhead);
 }
 
-// Asks for what backward sums with nothing beside read next: a turn for each turn that they read, in the order in which
-// they read. Where runs lie far apart, what follows one in memory is a later set, which may have left the cache when
-// its turn comes. But a set after the next is what short runs ask for, whose turns would else be half empty (32 x 2048
-// x 7^2 0.8). Times as fast as with all asking for what follows in memory, one thread of a Zen 5: batch norm 32 x 128 x
-// 28^2, 32 x 512 x 28^2 1.13, 32 x 1024 x 14^2 1.1, 32 x 64 x 56^2 1.06, 32 x 256 x 56^2 1.0, 32 x 64 x 112^2 0.98.
+// Whether runs lie so far apart that what follows one in memory is another set's. Backward sums with nothing beside ask
+// for lines only then; batch norm, with asking over without: 32 x 2048 x 7^2, 32 x 128 x 28^2 0.7, 32 x 64 x 56^2 0.85;
+// but instance norm 4 x 128 x 128^2, whose runs follow each other, 1.2.
+NK_INLINE bool far_apart(In x) { return x.row > 16 * 1024; }
+
+// Asks for what such sums read next, a turn for each turn that they read, in the order in which they read: when the turn
+// of what follows in memory comes, it may have left the cache. Speed with it over speed with what follows in memory, one
+// thread of a Zen 5; two: batch norm 32 x 128 x 28^2 1.23; 1.28, 32 x 512 x 28^2 1.23; 1.17, 32 x 1024 x 14^2 1.1; 1.21,
+// 32 x 64 x 56^2 1.2; 1.26, 32 x 256 x 56^2 1.06; 1.04, 32 x 64 x 112^2 1.01; 1.0.
 template <class X>
 class Ahead {
   public:
-    NK_INLINE Ahead(const SumSeries* series, index_t n)
-        : series_(series), last_(series + n - 1), shift_(bytes<X>(series->lanes) < kShort ? kAhead : 0) {
+    NK_INLINE Ahead(const SumSeries* series, index_t n) : series_(series), last_(series + n - 1) {
         begin_run();
-        for (index_t at = shift_; at < kAhead; at += bytes<X>(kTurn)) turn();
+        for (index_t at = 0; at < kAhead; at += bytes<X>(kTurn)) turn();
     }
     NK_INLINE void turn() {
         ask_for_turn<X>(dy_);
@@ -174,11 +177,9 @@ class Ahead {
     }
 
   private:
-    static constexpr index_t kShort = 512;  // bytes
-
     NK_INLINE void begin_run() {
-        dy_ = series_->dy.at(row_) + leaf_ * series_->leaf_dy + shift_;
-        x_ = series_->x.at(row_) + leaf_ * series_->leaf_x + shift_;
+        dy_ = series_->dy.at(row_) + leaf_ * series_->leaf_dy;
+        x_ = series_->x.at(row_) + leaf_ * series_->leaf_x;
         turns_ = (series_->lanes + kTurn - 1) / kTurn;
     }
     NK_INLINE void next_run() {
@@ -197,7 +198,6 @@ class Ahead {
     }
 
     const SumSeries *series_, *const last_;
-    const index_t shift_;
     const char *dy_, *x_;
     index_t row_ = 0, leaf_ = 0, turns_;
 };
@@ -677,7 +677,7 @@ NK_INLINE void for_alike(const LeafSeries* series, index_t n, bool center, Momen
 template <class X, Leaf How>
 void moments_along_as(const LeafSeries* series, index_t n, bool center, bool far, Moments* out) {
     Nothing nothing;
-    nothing.far = far;
+    nothing.asking = far;
     moments_of_leaves<X, How>(series, n, center, out, nothing);
 }
 
@@ -708,7 +708,7 @@ struct SumsBlock {
     Vec<X> sum[K] = {}, sum_d[K] = {};
     double total = 0, total_d = 0;
     Adder<T> plus;
-    Ahead<X>* ahead = nullptr;  // InOrder
+    Ahead<X>* ahead = nullptr;  // where it is asked InOrder
 
     NK_INLINE void row(index_t r) {
         p_dy = dy.at(r);
@@ -770,33 +770,40 @@ NK_INLINE Sums sums_of_leaf(In dy, In x, In w, const Statistics<Compute<X>>& s, 
     return {block.total, xhat_sum<double>(block.total, block.total_d, s.lo[k], s.rstd[k])};
 }
 
-// Two functions, and `ahead` not of this one: GCC 12 then keeps sums in registers.
-template <class X, bool WLane, bool Asks>
+// Which lines are asked for: kAhead bytes further in memory, or those that Ahead knows.
+enum class Asks { for_nothing, in_memory, in_order };
+
+// A function for each, and `ahead` not of this one: GCC 12 then keeps sums in registers.
+template <class X, bool WLane, Asks How>
 __attribute__((noinline)) void sums_along_as(const SumSeries* series, index_t n, const Statistics<Compute<X>>& s,
                                              Sums* out, Ahead<X>* ahead) {
     Nothing nothing;
-    nothing.far = Asks;
+    nothing.asking = How != Asks::for_nothing;
     for (; n > 0; --n, ++series) {
         const SumSeries all = *series;
         In dy = all.dy, x = all.x;
         for (index_t i = 0; i < all.leaves; ++i, dy.p += all.leaf_dy, x.p += all.leaf_x) {
             const index_t k = all.set + i * all.next_set;
-            *out++ = sums_of_leaf<X, WLane, Asks>(dy, x, all.w, s, k, all.rows, all.lanes, nothing, ahead);
+            *out++ =
+                sums_of_leaf<X, WLane, How == Asks::in_order>(dy, x, all.w, s, k, all.rows, all.lanes, nothing, ahead);
         }
     }
 }
 
+// Runs of up to so many bytes, whose turns are few and half empty, ask for what follows in memory. In order over that:
+// 32 x 2048 x 7^2 1.25; float64 32 x 600 x 8^2, of 512 bytes, 1.15; float32 runs of 544 to 576 bytes 0.75 to 0.87.
+constexpr index_t kShortRunBytes = 512;
+
 template <class X, bool WLane>
 void sums_along(const SumSeries* series, index_t n, Statistics<Compute<X>> s, bool far, Sums* out) {
-    // Where runs follow each other, as they do where w is one a lane, asking takes up to 1.2 times as long as not asking
-    // (instance norm 4 x 128 x 128^2).
-    if constexpr (!WLane) {
-        if (far && series->x.row > bytes<float>(2 * kLeafLanes)) {
-            Ahead<X> ahead(series, n);
-            return sums_along_as<X, WLane, true>(series, n, s, out, &ahead);
-        }
+    if (!far || !far_apart(series->x)) {
+        sums_along_as<X, WLane, Asks::for_nothing>(series, n, s, out, nullptr);
+    } else if (WLane || (n == 1 && series->leaves == 1) || bytes<X>(series->lanes) <= kShortRunBytes) {
+        sums_along_as<X, WLane, Asks::in_memory>(series, n, s, out, nullptr);
+    } else if constexpr (!WLane) {
+        Ahead<X> ahead(series, n);
+        sums_along_as<X, WLane, Asks::in_order>(series, n, s, out, &ahead);
     }
-    sums_along_as<X, WLane, false>(series, n, s, out, nullptr);
 }
 
 // A row to be written, a few vectors at a time; half as many as its moments, which are two readings, take.

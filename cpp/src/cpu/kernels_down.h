@@ -65,6 +65,7 @@ template <class X, int N>
 constexpr index_t kTermLanes = 20480 / N / 256 * 256 / static_cast<index_t>(sizeof(Compute<X>));
 template <class X, int N>
 struct Terms {
+    static_assert(kTermLanes<X, N> % 64 == 0, "or lanes_of_part may give more");
     alignas(64) Compute<X> of[N][kTermLanes<X, N> + kWidth<X>];
 };
 
@@ -612,7 +613,7 @@ void sums_of_few_lanes(In dy, In x, Compute<X> w, Statistics<Compute<X>> s, inde
         for (index_t k = 0; k < chunks.count(); ++k) {
             const index_t i = chunks.leaf(k), l = chunks.lane(k);
             const auto from = [&](In of) NK_INLINE_LAMBDA {
-                const index_t leaf = kSumRows * of.row, ahead = far ? ahead_of(chunks.kLeaves, leaf) : 0;
+                const index_t leaf = kSumRows * of.row, ahead = far ? ahead_of(S::kLeaves, leaf) : 0;
                 return From({{of.p + i * leaf + bytes<X>(l), of.row}, leaf, leaves - i, chunks.n, ahead});
             };
             sums_of_chunk<X, S>(from(dy), from(x), wv, shifted(s, l), leaves - i, chunks.n, sum_g + l, sum_g_xhat + l);

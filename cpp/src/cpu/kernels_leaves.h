@@ -172,7 +172,8 @@ class InSlots {
 
 template <int V_, int P_, bool Whole_>
 struct Shape {
-    static constexpr int V = V_, P = P_;  // leaves of a chunk: V * P
+    static constexpr int V = V_, P = P_;
+    static constexpr index_t kLeaves = V * P;  // of a chunk
     static constexpr bool Whole = Whole_;
     template <class X>
     using From = std::conditional_t<P == 1, Apart<X, V, Whole>, InSlots<X, V, P>>;
@@ -217,18 +218,17 @@ NK_INLINE index_t ahead_of(index_t leaves, index_t leaf) {
     return chunk > 0 ? (kAhead + chunk - 1) / chunk * chunk : 0;
 }
 
-// The chunks of one shape among some leaves: `side` vectors side by side, n lanes of each, of so many leaves. Number k
-// takes lanes from lane(k) on of kLeaves leaves from leaf(k) on, as far as there are so many.
+// The chunks of one shape: `side` vectors side by side, of n lanes each, and `deep` chunks of leaves below each other.
+// Number k takes lanes from lane(k) on of the leaves from leaf(k) on, S::kLeaves of them or as many as there are.
 template <class X, class S>
 struct Chunks {
     using Shape = S;
-    static constexpr index_t kLeaves = S::V * S::P;
     index_t first_lane, side;
     int n;
-    index_t first_leaf, of_vector;
+    index_t first_leaf, deep;
 
-    NK_INLINE index_t count() const { return side * of_vector; }
-    NK_INLINE index_t leaf(index_t k) const { return first_leaf + k / side * kLeaves; }
+    NK_INLINE index_t count() const { return side * deep; }
+    NK_INLINE index_t leaf(index_t k) const { return first_leaf + k / side * S::kLeaves; }
     NK_INLINE index_t lane(index_t k) const { return first_lane + k % side * kWidth<X>; }
 };
 
@@ -507,7 +507,7 @@ void moments_of_few_lanes(In x, const Compute<X>* origin, index_t leaves, index_
         using S = typename decltype(chunks)::Shape;
         using From = typename S::template From<X>;
         using Leaf = LeafChunk<X, From>;
-        const index_t ahead = far ? ahead_of(chunks.kLeaves, leaf) : 0;
+        const index_t ahead = far ? ahead_of(S::kLeaves, leaf) : 0;
         const auto chunk_at = [&](index_t k) NK_INLINE_LAMBDA {
             const index_t i = chunks.leaf(k), l = chunks.lane(k);
             Leaf chunk(From({{x.p + i * leaf + bytes<X>(l), x.row}, leaf, leaves - i, chunks.n, ahead}));

@@ -107,7 +107,7 @@ class RowsBackward {
             weights->lanes = piece.lanes;
         }
         return sums_along(k_, read_dy_(call_.dy + at[kDy], piece, dy), read_x_(call_.x + at[kX], piece, x), weights->w,
-                          s, piece.rows, piece.lanes);
+                          s, piece.rows, piece.lanes, schedule_.far);
     }
 
     // From the sums of the cells of n neighbouring sets (of all leaves of them, where by element) to what dx needs.

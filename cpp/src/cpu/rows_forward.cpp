@@ -228,16 +228,14 @@ class RowsForward {
         Seam seam_;
     };
 
-    enum class InStep : bool { no, yes };  // as in Unwritten
-
     // Tile after tile. Which::begin_next() puts the next one in the place of now_; false: there is none.
     template <class Which>
     class WritingTiles {
       public:
-        WritingTiles(const KernelPair<X>& kernels, InStep in_step)
+        WritingTiles(const KernelPair<X>& kernels, bool in_step)
             : now_(
                   kernels, [](void* self) { return static_cast<WritingTiles*>(self)->tile() != nullptr; }, this,
-                  in_step == InStep::yes) {}
+                  in_step) {}
         WritingTiles(const WritingTiles&) = delete;
 
         // As WritingTile.
@@ -263,7 +261,7 @@ class RowsForward {
     // so.
     class WritingParts : public WritingTiles<WritingParts> {
       public:
-        explicit WritingParts(const KernelPair<X>& kernels) : WritingTiles<WritingParts>(kernels, InStep::no) {}
+        explicit WritingParts(const KernelPair<X>& kernels) : WritingTiles<WritingParts>(kernels, /*in_step=*/false) {}
 
         // Rows [first, first + n) of the tile; scale: as in WritingTile::add.
         void begin(const ApplyTo<X>& tile, index_t first, index_t n, const T* scale) {
@@ -304,7 +302,7 @@ class RowsForward {
     // A batch, tile by tile.
     class Writing : public WritingTiles<Writing> {
       public:
-        explicit Writing(const RowsForward& walk) : WritingTiles<Writing>(walk.k_, InStep::yes), walk_(walk) {}
+        explicit Writing(const RowsForward& walk) : WritingTiles<Writing>(walk.k_, /*in_step=*/true), walk_(walk) {}
 
         // The batch must stay where it is.
         void begin(const Batch& batch) {

@@ -239,13 +239,13 @@ index_t backward_in_eights(const KernelPair<X>& k, Strided dy, Strided x, Stride
 
 template <class X>
 Sums sums_along(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const TileStatistics<Compute<X>>& s,
-                index_t rows, index_t lanes) {
+                index_t rows, index_t lanes, bool far) {
     using T = Compute<X>;
     Sums sums;
     if (!s.scale && contiguous<X>(dy, lanes) && contiguous<X>(x, lanes) &&
         (per_row<T>(w, lanes) || contiguous<T>(w, lanes))) {
         const SumSeries one{in(dy), in(x), in(w), rows, lanes, 0, 0, 1};
-        k.direct.sums_along[!per_row<T>(w, lanes)](&one, 1, s, false, &sums);
+        k.direct.sums_along[!per_row<T>(w, lanes)](&one, 1, s, far, &sums);
         return sums;
     }
     T pdy[kLeafLanes], px[kLeafLanes], pw[kLeafLanes];
@@ -271,7 +271,7 @@ void sums_of_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, cons
     for (index_t i = 0; i < leaves; ++i) {
         TileStatistics<T> one = shifted(s, i, 0);
         one.row = 0;
-        out[i] = sums_along(k, shifted(dy, i, 0), shifted(x, i, 0), w, one, 1, lanes);
+        out[i] = sums_along(k, shifted(dy, i, 0), shifted(x, i, 0), w, one, 1, lanes, far);
     }
 }
 
@@ -352,7 +352,7 @@ template Strided zero<double>();
     template void backward<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&,      \
                               index_t, index_t, DownSums, bool);                                                       \
     template Sums sums_along<X>(const KernelPair<X>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,    \
-                                index_t);                                                                              \
+                                index_t, bool);                                                                        \
     template void sums_of_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,  \
                                   index_t, bool, Sums*);                                                               \
     template void moments_along<X>(const KernelPair<X>&, const LeafSeries*, index_t, index_t, bool, bool, Moments*,    \

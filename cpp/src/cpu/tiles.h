@@ -82,7 +82,7 @@ bool backward_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Str
 // One leaf of one set: s.row = s.lane = 0.
 template <class X>
 Sums sums_along(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const TileStatistics<Compute<X>>& s,
-                index_t rows, index_t lanes);
+                index_t rows, index_t lanes, bool far);
 
 // The same for `leaves` sets that are one run each: rows of dy and x, and number i * s.row of the statistics.
 template <class X>
