@@ -138,15 +138,15 @@ NK_INLINE void for_steps(index_t rows, index_t lanes, B& block) {
 template <class X>
 constexpr bool kAboutOrigin = std::is_same_v<X, double>;
 
-// Asks for the lines of a turn some way ahead in memory: of the next row or of a later set at the end of one. To L2
-// only: a core waits for few lines to L1 at a time, too few for the latency of memory (layer norm 8192 x 1024: 0.7
-// times as long as with lines asked to L1, at any distance).
-constexpr index_t kAhead = 8192;  // bytes
+// Asks for the lines of a turn. To L2 only: a core waits for few lines to L1 at a time, too few for the latency of
+// memory (layer norm 8192 x 1024: 0.7 times as long as with lines asked to L1, at any distance).
 template <class X>
 NK_INLINE void ask_for_turn(const char* p) {
     constexpr int kToL2 = 2;
     for (index_t line = 0; line < bytes<X>(kTurn); line += kLine) __builtin_prefetch(p + line, 0, kToL2);
 }
+// Of the one that lies some way ahead in memory: of the next row, or of a later set at the end of one.
+constexpr index_t kAhead = 8192;  // bytes
 template <class X>
 NK_INLINE void ask_for_turn(const char* p, index_t at) {
     ask_for_turn<X>(p + bytes<X>(at) + kAhead);
@@ -157,10 +157,10 @@ NK_INLINE void ask_for_turn(const char* p, index_t at) {
 // but instance norm 4 x 128 x 128^2, whose runs follow each other, 1.2.
 NK_INLINE bool far_apart(In x) { return x.row > 16 * 1024; }
 
-// Asks for what such sums read next, a turn for each turn that they read, in the order in which they read: when the turn
-// of what follows in memory comes, it may have left the cache. Speed with it over speed with what follows in memory, one
-// thread of a Zen 5; two: batch norm 32 x 128 x 28^2 1.23; 1.28, 32 x 512 x 28^2 1.23; 1.17, 32 x 1024 x 14^2 1.1; 1.21,
-// 32 x 64 x 56^2 1.2; 1.26, 32 x 256 x 56^2 1.06; 1.04, 32 x 64 x 112^2 1.01; 1.0.
+// Asks for what such sums read next, a turn for each turn that they read, in the order in which they read: when the
+// turn of what follows in memory comes, it may have left the cache. Speed with it over speed with what follows in
+// memory, one thread of a Zen 5; two: batch norm 32 x 128 x 28^2 1.23; 1.28, 32 x 512 x 28^2 1.23; 1.17, 32 x 1024 x
+// 14^2 1.1; 1.21, 32 x 64 x 56^2 1.2; 1.26, 32 x 256 x 56^2 1.06; 1.04, 32 x 64 x 112^2 1.01; 1.0.
 template <class X>
 class Ahead {
   public:
