@@ -72,8 +72,9 @@ constexpr index_t kLongSet = index_t{1} << 25;
 // Whole rows where they are not too long, so that memory is read and written without gaps; else even parts of them, of
 // whole sets and, where that can be, whole cache lines.
 index_t lanes_of_unit(index_t all, index_t merge) {
+    constexpr index_t kLines = 64;  // lanes that are whole cache lines, whatever the element
     index_t whole = merge;
-    while (whole % cpu::kLine != 0 && whole <= kMostLanes / 4) whole *= 2;
+    while (whole % kLines != 0 && whole <= kMostLanes / 4) whole *= 2;
     const index_t even = cpu::lanes_of_part(all, kMostLanes, whole);
     return even <= kMostLanes ? even : kMostLanes / merge * merge;
 }
