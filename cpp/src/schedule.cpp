@@ -36,9 +36,10 @@ index_t far_bytes(Writes writes, int threads) {
 }
 constexpr index_t kStreamRow = 32;
 
-// Bytes of x and y together, for which no L3 has room: from then on rms norm writes its longest rows in parts. On
-// several threads nothing is gained by it, and nothing lost.
-constexpr index_t kFarParts = index_t{48} << 20;
+// Bytes of x and y together, for which no L3 has room. From then on rms norm writes its longest rows in parts (on
+// several threads nothing is gained by it, and nothing lost), and sets of long runs are written beside mean and squares
+// at once.
+constexpr index_t kBeyondL3 = index_t{48} << 20;
 
 // The samples that the threads have in hand, in the columns walk, if their second sweep is to find them in the
 // last-level cache. Time with two sweeps of everything / sample by sample, one thread: group NHWC 2 x 64^2 x 320
@@ -182,8 +183,8 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
     s.in_eights = s.by_row && in_eights && (!s.far || plan.set_size * element * arrays <= kFarEights);
     s.stream =
         choose(forced.stream, write && !in_place && s.far && row >= kStreamRow) && lies_on_elements(plan, element);
-    s.in_parts =
-        s.by_row && s.stream && arrays == 1 && parts_pay(plan, element, choose(forced.stream, all >= kFarParts));
+    s.beyond_l3 = choose(forced.stream, all >= kBeyondL3);
+    s.in_parts = s.by_row && s.stream && arrays == 1 && parts_pay(plan, element, s.beyond_l3);
     return s;
 }
 

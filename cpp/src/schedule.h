@@ -17,6 +17,7 @@ struct Schedule {
     bool in_eights = false;  // and sets are short rows, of which a kernel has eight in hand
     bool in_parts = false;   // long rows: some of their lanes of a few rows, and then the next lanes (kPartLanes)
     bool far = false;        // arrays come from memory: what is read next is asked for
+    bool beyond_l3 = false;  // and are more than any last-level cache has room for
     index_t lanes = 0;       // columns: neighbouring lanes in a unit, a multiple of merge.extent
 };
 

@@ -506,6 +506,7 @@ class RowsForward {
                 tile.lanes,
                 schedule_.stream,
                 schedule_.far,
+                schedule_.beyond_l3,
                 y_on_lines_};
     }
 

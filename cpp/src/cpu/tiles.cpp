@@ -301,7 +301,7 @@ template <class X>
 bool to_write_beside(const ApplyTo<X>& t, Unwritten<X>* out) {
     using T = Compute<X>;
     if (t.s.lane || !contiguous<X>(t.x, t.lanes) || !contiguous<X>(t.y, t.lanes)) return false;
-    *out = {in(t.x), out_of(t.y), in(t.w), in(t.b), t.s, t.rows, t.lanes, t.stream, t.far, t.lines};
+    *out = {in(t.x), out_of(t.y), in(t.w), in(t.b), t.s, t.rows, t.lanes, t.stream, t.far, t.beyond_l3, t.lines};
     if (per_row<T>(t.w, t.lanes) && per_row<T>(t.b, t.lanes)) return true;
     out->w_lane = true;
     out->w_constant = t.w.p == one<T>().p;

@@ -37,7 +37,7 @@ struct ApplyTo {
     Strided x, y, w, b;
     TileStatistics<Compute<X>> s;
     index_t rows = 0, lanes = 0;
-    bool stream = false, far = false, lines = false;  // as in Unwritten
+    bool stream = false, far = false, beyond_l3 = false, lines = false;  // as in Unwritten
 };
 
 // The kernels for elements as they lie in memory, and for buffers, whose elements are of the type of arithmetic.
