@@ -140,12 +140,10 @@ NK_INLINE void for_steps(index_t rows, index_t lanes, B& block) {
 template <class X>
 constexpr bool kAboutOrigin = std::is_same_v<X, double>;
 
-// Asks for the lines of a turn. To L2 only: a core waits for few lines to L1 at a time, too few for the latency of
-// memory (layer norm 8192 x 1024: 0.7 times as long as with lines asked to L1, at any distance).
+// Asks for the lines of a turn.
 template <class X>
 NK_INLINE void ask_for_turn(const char* p) {
-    constexpr int kToL2 = 2;
-    for (index_t line = 0; line < bytes<X>(kTurn); line += kLine) __builtin_prefetch(p + line, 0, kToL2);
+    for (index_t line = 0; line < bytes<X>(kTurn); line += kLine) prefetch_far(p + line);
 }
 // Of the one that lies some way ahead in memory: of the next row, or of a later set at the end of one.
 constexpr index_t kAhead = 8192;  // bytes
@@ -163,22 +161,35 @@ NK_INLINE bool far_apart(In x) { return x.row > 16 * 1024; }
 // turn of what follows in memory comes, it may have left the cache. Speed with it over speed with what follows in
 // memory, one thread of a Zen 5; two: batch norm 32 x 128 x 28^2 1.23; 1.28, 32 x 512 x 28^2 1.23; 1.17, 32 x 1024 x
 // 14^2 1.1; 1.21, 32 x 64 x 56^2 1.2; 1.26, 32 x 256 x 56^2 1.06; 1.04, 32 x 64 x 112^2 1.01; 1.0.
-template <class X>
-class Ahead {
+//
+// How it gets ahead: all at once, or by two turns for each until it is. For pieces of a few dozen KB the latter takes
+// 0.87 of the time (32 x 1024 x 14^2 backward), for longer ones 1.02.
+enum class Start { at_once, by_and_by };
+template <class X, Start How>
+class Asker {
   public:
-    NK_INLINE Ahead(const SumSeries* series, index_t n) : series_(series), last_(series + n - 1) {
+    NK_INLINE Asker(const SumSeries* series, index_t n) : series_(series), last_(series + n - 1) {
         begin_run();
-        for (index_t at = 0; at < kAhead; at += bytes<X>(kTurn)) turn();
+        for (; owed_ > (How == Start::at_once ? 0 : kTurns - kFirst); --owed_) ask();
     }
     NK_INLINE void turn() {
+        ask();
+        if (How == Start::by_and_by && owed_ > 0) {
+            --owed_;
+            ask();
+        }
+    }
+
+  private:
+    static constexpr index_t kTurns = kAhead / (kTurn * index_t{sizeof(X)}), kFirst = 4;
+
+    NK_INLINE void ask() {
         ask_for_turn<X>(dy_);
         ask_for_turn<X>(x_);
         dy_ += bytes<X>(kTurn);
         x_ += bytes<X>(kTurn);
         if (--turns_ == 0) next_run();
     }
-
-  private:
     NK_INLINE void begin_run() {
         dy_ = series_->dy.at(row_) + leaf_ * series_->leaf_dy;
         x_ = series_->x.at(row_) + leaf_ * series_->leaf_x;
@@ -201,7 +212,7 @@ class Ahead {
 
     const SumSeries *series_, *const last_;
     const char *dy_, *x_;
-    index_t row_ = 0, leaf_ = 0, turns_;
+    index_t row_ = 0, leaf_ = 0, turns_, owed_ = kTurns;
 };
 
 // The sum of x in double: its mean is exact to the last bits of a double, as a mean that is multiplied by a large gamma
@@ -816,7 +827,7 @@ struct SumsBlock {
     Vec<X> sum[K] = {}, sum_d[K] = {};
     double total = 0, total_d = 0;
     Adder<T> plus;
-    Ahead<X>* ahead = nullptr;  // where it is asked InOrder
+    Asker<X, Start::at_once>* asker = nullptr;  // where it is asked InOrder
 
     NK_INLINE void row(index_t r) {
         p_dy = dy.at(r);
@@ -825,7 +836,7 @@ struct SumsBlock {
         if constexpr (!WLane) w_row = splat<X>(value_at<T>(p_w));
     }
     NK_INLINE void ask_ahead(index_t at) {
-        if constexpr (InOrder) return ahead->turn();
+        if constexpr (InOrder) return asker->turn();
         ask_for_turn<X>(p_dy, at);
         ask_for_turn<X>(p_x, at);
     }
@@ -872,19 +883,19 @@ NK_INLINE V xhat_sum(V g, V g_d, V lo, V rstd) {
 
 template <class X, bool WLane, bool InOrder = false, class Beside>
 NK_INLINE Sums sums_of_leaf(In dy, In x, In w, const Statistics<Compute<X>>& s, index_t k, index_t rows, index_t lanes,
-                            Beside& beside, Ahead<X>* ahead = nullptr) {
-    SumsBlock<X, WLane, InOrder> block{dy, x, w, splat<X>(s.hi[k]), {}, {}, {}, {}, {}, {}, 0, 0, {}, ahead};
+                            Beside& beside, Asker<X, Start::at_once>* asker = nullptr) {
+    SumsBlock<X, WLane, InOrder> block{dy, x, w, splat<X>(s.hi[k]), {}, {}, {}, {}, {}, {}, 0, 0, {}, asker};
     for_leaf<X>(x, rows, lanes, block, beside);
     return {block.total, xhat_sum<double>(block.total, block.total_d, s.lo[k], s.rstd[k])};
 }
 
-// Which lines are asked for: kAhead bytes further in memory, or those that Ahead knows.
+// Which lines are asked for: kAhead bytes further in memory, or those that Asker knows.
 enum class Asks { for_nothing, in_memory, in_order };
 
-// A function for each, and `ahead` not of this one: GCC 12 then keeps sums in registers.
+// A function for each, and `asker` not of this one: GCC 12 then keeps sums in registers.
 template <class X, bool WLane, Asks How>
 __attribute__((noinline)) void sums_along_as(const SumSeries* series, index_t n, const Statistics<Compute<X>>& s,
-                                             Sums* out, Ahead<X>* ahead) {
+                                             Sums* out, Asker<X, Start::at_once>* asker) {
     Nothing nothing;
     nothing.asking = How != Asks::for_nothing;
     for (; n > 0; --n, ++series) {
@@ -893,9 +904,137 @@ __attribute__((noinline)) void sums_along_as(const SumSeries* series, index_t n,
         for (index_t i = 0; i < all.leaves; ++i, dy.p += all.leaf_dy, x.p += all.leaf_x) {
             const index_t k = all.set + i * all.next_set;
             *out++ =
-                sums_of_leaf<X, WLane, How == Asks::in_order>(dy, x, all.w, s, k, all.rows, all.lanes, nothing, ahead);
+                sums_of_leaf<X, WLane, How == Asks::in_order>(dy, x, all.w, s, k, all.rows, all.lanes, nothing, asker);
         }
     }
+}
+
+// Sums of leaves whose runs lie side by side, row by row of all of them: memory is read in its order, and the sums of a
+// leaf wait in L1 for its next run. The same sums as those of SumsBlock: they go over to double every kDepth steps,
+// also in the midst of a run. docs/decisions/0002-schedule.md, "Small images".
+template <class X>
+class SideBySide {
+  public:
+    using T = Compute<X>;
+    static constexpr index_t kLeaves = 64, kLanes = kStep * kDepth;  // at most; a run goes over once at most
+    using AskerOfRows = Asker<X, Start::by_and_by>;
+
+    NK_INLINE SideBySide(const SumSeries& all, const Statistics<T>& s) : all_(all), s_(s) {}
+
+    template <bool Asks>
+    NK_INLINE void sum(Sums* out, [[maybe_unused]] AskerOfRows* asker) {
+        const index_t steps = (all_.lanes + kStep - 1) / kStep;
+        const Vec<X> w = splat<X>(value_at<T>(all_.w.p));
+        for (index_t i = 0; i < all_.leaves; ++i) {
+            chains_[i] = {};
+            out[i] = {};
+        }
+        index_t done = 0;  // steps since the last time that sums went over
+        for (index_t r = 0; r < all_.rows; ++r) {
+            const char *dy = all_.dy.at(r), *x = all_.x.at(r);
+            const index_t left = kLoose ? steps + 1 : kDepth - done;
+            [[maybe_unused]] index_t asked = 0;
+            for (index_t i = 0; i < all_.leaves; ++i, dy += all_.leaf_dy, x += all_.leaf_x) {
+                if constexpr (Asks) {
+                    for (; asked < (i + 1) * all_.lanes; asked += kTurn) asker->turn();
+                }
+                const Run run{dy, x, w, splat<X>(s_.hi[number(i)])};
+                Chains chains = chains_[i];
+                index_t step = 0;
+                if (left <= steps) {
+                    for (; step < left; ++step) add(chains, run, step);
+                    go_over(chains, out[i]);
+                }
+                for (; (step + 1) * kStep <= all_.lanes; ++step) add_full(chains, run, step);
+                if (step < steps) add(chains, run, step);
+                chains_[i] = chains;
+            }
+            done += left <= steps ? steps - kDepth : steps;
+        }
+        for (index_t i = 0; i < all_.leaves; ++i) {
+            if (done > 0) go_over(chains_[i], out[i]);
+            out[i].g_xhat = xhat_sum<double>(out[i].g, out[i].g_xhat, s_.lo[number(i)], s_.rstd[number(i)]);
+        }
+    }
+
+  private:
+    static constexpr int K = kStep / kWidth<X>;
+    struct Chains {
+        Vec<X> g[K], g_d[K];
+    };
+    struct Run {
+        const char *dy, *x;
+        Vec<X> w, hi;
+    };
+    NK_INLINE index_t number(index_t i) const { return all_.set + i * all_.next_set; }
+    NK_INLINE void add_full(Chains& c, const Run& run, index_t step) const {
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i) {
+            const index_t o = bytes<X>(step * kStep + i * kWidth<X>);
+            const Vec<X> g = load<X>(run.dy + o) * run.w;
+            c.g[i] = plus_.by_turns(i, c.g[i], g);
+            c.g_d[i] += g * (load<X>(run.x + o) - run.hi);
+        }
+    }
+    NK_INLINE void add(Chains& c, const Run& run, index_t step) const {
+        int n = static_cast<int>(all_.lanes - step * kStep);
+        if (n >= kStep) return add_full(c, run, step);
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i, n -= kWidth<X>) {
+            if (n <= 0) continue;
+            const index_t o = bytes<X>(step * kStep + i * kWidth<X>);
+            const Vec<X> g = load_rest<X>(run.dy + o, n) * run.w, g_d = g * (load_rest<X>(run.x + o, n) - run.hi);
+            c.g[i] += n >= kWidth<X> ? g : keep_first<T>(g, n);
+            c.g_d[i] += n >= kWidth<X> ? g_d : keep_first<T>(g_d, n);
+        }
+    }
+    NK_INLINE static void go_over(Chains& c, Sums& to) {
+        to.g += sum_by_halves<T, K>(c.g);
+        to.g_xhat += sum_by_halves<T, K>(c.g_d);
+        c = {};
+    }
+
+    const SumSeries all_;  // which no store can change
+    const Statistics<T> s_;
+    const Adder<T> plus_;
+    Chains chains_[kLeaves];
+};
+
+template <class X, bool Asks>
+__attribute__((noinline)) void sums_side_by_side_as(const SumSeries* series, index_t n, const Statistics<Compute<X>>& s,
+                                                    Sums* out, typename SideBySide<X>::AskerOfRows* asker) {
+    for (; n > 0; --n, out += series++->leaves) SideBySide<X>(*series, s).template sum<Asks>(out, asker);
+}
+
+// False: they do not all lie so.
+template <class X>
+NK_INLINE bool sums_side_by_side(const SumSeries* series, index_t n, const Statistics<Compute<X>>& s, bool far,
+                                 Sums* out) {
+    using Sides = SideBySide<X>;
+    for (index_t i = 0; i < n; ++i) {
+        const SumSeries& all = series[i];
+        const bool some = series->rows > 1 && all.leaves > 1 && all.leaves <= Sides::kLeaves;
+        if (!some || all.lanes > Sides::kLanes || all.w.row != 0) return false;
+        if (all.leaf_dy != bytes<X>(all.lanes) || all.leaf_x != all.leaf_dy) return false;
+    }
+    if (!far) {
+        sums_side_by_side_as<X, false>(series, n, s, out, nullptr);
+        return true;
+    }
+    constexpr index_t kAtOnce = 16;
+    for (index_t first = 0; first < n; first += kAtOnce) {
+        const index_t some = n - first < kAtOnce ? n - first : kAtOnce;
+        SumSeries rows[kAtOnce];
+        for (index_t i = 0; i < some; ++i) {
+            rows[i] = series[first + i];
+            rows[i].lanes *= rows[i].leaves;
+            rows[i].leaves = 1;
+        }
+        typename Sides::AskerOfRows asker(rows, some);
+        sums_side_by_side_as<X, true>(series + first, some, s, out, &asker);
+        for (index_t i = 0; i < some; ++i) out += series[first + i].leaves;
+    }
+    return true;
 }
 
 // Runs of up to so many bytes, whose turns are few and half empty, ask for what follows in memory. In order over that:
@@ -904,13 +1043,16 @@ constexpr index_t kShortRunBytes = 512;
 
 template <class X, bool WLane>
 void sums_along(const SumSeries* series, index_t n, Statistics<Compute<X>> s, bool far, Sums* out) {
+    if constexpr (!WLane) {
+        if (sums_side_by_side<X>(series, n, s, far, out)) return;
+    }
     if (!far || !far_apart(series->x)) {
         sums_along_as<X, WLane, Asks::for_nothing>(series, n, s, out, nullptr);
-    } else if (WLane || (n == 1 && series->leaves == 1) || bytes<X>(series->lanes) <= kShortRunBytes) {
+    } else if (WLane || bytes<X>(series->lanes) <= kShortRunBytes) {
         sums_along_as<X, WLane, Asks::in_memory>(series, n, s, out, nullptr);
     } else if constexpr (!WLane) {
-        Ahead<X> ahead(series, n);
-        sums_along_as<X, WLane, Asks::in_order>(series, n, s, out, &ahead);
+        Asker<X, Start::at_once> asker(series, n);
+        sums_along_as<X, WLane, Asks::in_order>(series, n, s, out, &asker);
     }
 }
 

@@ -613,7 +613,7 @@ void sums_of_few_lanes(In dy, In x, Compute<X> w, Statistics<Compute<X>> s, inde
         for (index_t k = 0; k < chunks.count(); ++k) {
             const index_t i = chunks.leaf(k), l = chunks.lane(k);
             const auto from = [&](In of) NK_INLINE_LAMBDA {
-                const index_t leaf = kSumRows * of.row, ahead = far ? ahead_of(S::kLeaves, leaf) : 0;
+                const index_t leaf = kSumRows * of.row, ahead = far ? ahead_in_chunks(S::kLeaves, leaf) : 0;
                 return From({{of.p + i * leaf + bytes<X>(l), of.row}, leaf, leaves - i, chunks.n, ahead});
             };
             sums_of_chunk<X, S>(from(dy), from(x), wv, shifted(s, l), leaves - i, chunks.n, sum_g + l, sum_g_xhat + l);

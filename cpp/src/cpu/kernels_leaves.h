@@ -35,11 +35,6 @@ NK_INLINE Vec<X> load_chunk(const char* p, int i, int n) {
     return V > 1 ? load<X>(p) : load_rest<X>(p, n);
 }
 
-// Asks for a cache line to come to L2: the rows of the next leaf lie a row's length apart, in other pages, where the
-// hardware does not look ahead. To L1 it would push out what is being read, where rows lie a power of two apart, and a
-// core waits for few lines to L1 at a time.
-NK_INLINE void prefetch_far(const char* p) { __builtin_prefetch(p, 0, 2); }
-
 // What is one a lane.
 template <class X>
 NK_INLINE Vec<X> load_term(const Compute<X>* p, int n) {
@@ -87,7 +82,7 @@ NK_INLINE void store_doubles(double* p, const Doubles<X, V>& v, int n) {
 // ------------------------------------------------------------------------------ where the vectors of a chunk come from
 
 // V neighbours of each row, of which the last may be part-filled. Far: what comes after a leaf of so many rows is asked
-// for.
+// for: it lies in other pages, where the hardware does not look ahead.
 template <class X, int V, bool Far>
 class Neighbours {
   public:
@@ -213,7 +208,7 @@ NK_INLINE index_t leaves_at_once(index_t lanes, index_t leaf, bool whole_rows) {
 }
 
 // What is asked for: the same rows of a later chunk of so many leaves.
-NK_INLINE index_t ahead_of(index_t leaves, index_t leaf) {
+NK_INLINE index_t ahead_in_chunks(index_t leaves, index_t leaf) {
     const index_t chunk = leaves * leaf;
     return chunk > 0 ? (kAhead + chunk - 1) / chunk * chunk : 0;
 }
@@ -507,7 +502,7 @@ void moments_of_few_lanes(In x, const Compute<X>* origin, index_t leaves, index_
         using S = typename decltype(chunks)::Shape;
         using From = typename S::template From<X>;
         using Leaf = LeafChunk<X, From>;
-        const index_t ahead = far ? ahead_of(S::kLeaves, leaf) : 0;
+        const index_t ahead = far ? ahead_in_chunks(S::kLeaves, leaf) : 0;
         const auto chunk_at = [&](index_t k) NK_INLINE_LAMBDA {
             const index_t i = chunks.leaf(k), l = chunks.lane(k);
             Leaf chunk(From({{x.p + i * leaf + bytes<X>(l), x.row}, leaf, leaves - i, chunks.n, ahead}));

@@ -230,15 +230,26 @@ inline index_t elements_per_piece(const Plan& plan, const Schedule& schedule) {
 }
 
 // How neighbouring sets that lie interleaved come together: with statistics that are given, in the order of memory; or
-// sums are taken of all before they are written, which should find them in L2, or written beside the sums of the next.
-enum class Together { given, in_turn, beside };
+// moments (backward: sums) are taken of all before they are written, which should find them in L2; or they are written
+// beside the moments of the next.
+enum class Together { given, moments, sums, beside };
 
-// Bytes of neighbouring runs that make a row long enough. Time of batch norm 32 x 512 x 28^2 forward, beside, with 16
-// KiB over time with 6: 1.15, 32 x 400 x 31^2 1.1; 32 x 1024 x 14^2, in turn, with 6 over 16: 1.15 (one thread of a Zen
-// 5).
-inline index_t short_rows(Together how) {
+// Bytes of neighbouring runs that make a row long enough, and of sets that a second reading finds in L2. Time of batch
+// norm 32 x 512 x 28^2 forward, beside, with rows of 16 KiB over time with 6: 1.15, 32 x 400 x 31^2 1.1; 32 x 1024 x
+// 14^2, in turn, with 6 over 16: 1.15. Backward with rows of 16 KiB and sets of 256 KiB over time with 24 and 768: 32 x
+// 600 x 17^2 1.4, 32 x 400 x 20^2 1.15, 32 x 1024 x 14^2 1.08; forward, in turn, 14^2 0.94, 7^2 1.08 (one thread of a
+// Zen 5).
+struct Enough {
+    index_t row, sets;
+};
+inline Enough enough(Together how) {
     constexpr index_t kKiB = 1024;
-    return how == Together::given ? kPieceBytes : (how == Together::in_turn ? 16 : 6) * kKiB;
+    switch (how) {
+        case Together::given: return {kPieceBytes, kPieceBytes};
+        case Together::moments: return {16 * kKiB, kPieceBytes};
+        case Together::sums: return {24 * kKiB, 3 * kPieceBytes};
+        default: return {6 * kKiB, kPieceBytes};
+    }
 }
 
 // Neighbouring sets as they are written together: the innermost kept axis, so many at a time, and their elements as
@@ -352,7 +363,7 @@ class SetTiles {
         const index_t set = plan.set_size * bytes, run = plan.run.size() * bytes;
         index_t n = kNearBytes / set;
         if (elements_.n > 1 && lies_interleaved()) {
-            const index_t rows = short_rows(how) / run, most = kPieceBytes / set;
+            const index_t rows = enough(how).row / run, most = enough(how).sets / set;
             const bool narrow = most * run < kLeastWidth;
             const index_t wanted = how == Together::given || narrow || rows < most ? rows : most;
             if (wanted > n) n = wanted;

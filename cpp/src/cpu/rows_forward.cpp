@@ -63,7 +63,7 @@ class RowsForward {
 
   private:
     static Together together(const ForwardCall& call, const Schedule& schedule) {
-        return call.given ? Together::given : schedule.by_row ? Together::beside : Together::in_turn;
+        return call.given ? Together::given : schedule.by_row ? Together::beside : Together::moments;
     }
     static ForwardCall with_parameters(ForwardCall call, const char* weight, const char* bias) {
         call.weight = weight;
