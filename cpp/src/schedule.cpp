@@ -60,8 +60,10 @@ constexpr index_t kFarEights = 1024;
 // Elements of a row beyond which it is not in L2 any more when it is written.
 constexpr index_t kLongestRow = index_t{1} << 16;
 
-// Elements of a run, where a set has several: shorter ones are written as one (joins), which cannot be done beside.
-// Time beside / in turn, batch norm NCHW 14^2 1.2, 15^2 1.5, but 17^2 0.93 (one thread of a Zen 5).
+// Elements of a run, where a set has several. Those of batch norm, if shorter, are written as one (joins), which cannot
+// be done beside: time beside / in turn, NCHW 14^2 1.2, 15^2 1.5, but 17^2 0.93. What is done once a run costs more
+// than is gained unless results go past the caches: group norm with runs of 8^2, 2 x 2560 1.25, 8 x 2560 1.14, 32 x
+// 2560 0.93; of 14^2, 16 x 640 1.08; on two threads 1.14, 1.23, 1.0; 1.09 (a Zen 5).
 constexpr index_t kLeastRun = 256;
 
 // Elements of a run below which sums over several are short (Writes::runs).
@@ -90,6 +92,11 @@ index_t l2_bytes() {
     }();
     return bytes;
 }
+
+// Bytes of x from which on sets of several longer runs gain by it. Time beside / in turn, one thread of a Zen 5; two:
+// batch norm 8 x 64 x 28^2 (1.6 MB) 1.16; 1.12, 8 x 64 x 32^2 (2.1 MB) 1.18; 1.11, 4 x 40 x 64^2 (2.6 MB) 1.0; 1.0,
+// 4 x 64 x 56^2 (3.2 MB) 0.96; 0.93, 32 x 64 x 28^2 (6.4 MB) 0.73; 0.92.
+index_t least_of_several_runs() { return 2 * l2_bytes(); }
 
 constexpr unsigned kAll = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);
 
@@ -138,6 +145,20 @@ bool parts_pay(const Plan& plan, index_t element, bool beyond_l3) {
     return lanes > kLeafLanes && lanes < 2 * kLeafLanes && (whole_lines || lanes >= kLongEnough);
 }
 
+// Whether it pays to take the sums of one set beside the writing of another.
+bool beside_pays(const Plan& plan, index_t element, int arrays, index_t all, int threads) {
+    const Nest run = collapse(plan.run, kAll);
+    const index_t bytes = plan.total * element;
+    if (set_is_row(plan) && run.n == 1) {
+        const bool short_rows_pay = all >= far_bytes(Writes::beside, threads) || arrays > 1;
+        const index_t least = short_rows_pay ? kLeastRow : kLeastRowNear;
+        return bytes > l2_bytes() / 2 * threads && plan.set_size * element >= least;
+    }
+    if (plan.run.size() < kLeastRun) return false;
+    if (run.inner().extent <= kLeastRun) return all >= far_bytes(Writes::after, threads);
+    return bytes > least_of_several_runs();
+}
+
 bool choose(int forced, bool automatic) { return forced < 0 ? automatic : forced != 0; }
 
 }  // namespace
@@ -167,11 +188,8 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
         s.lanes = lanes_of_unit(lanes, merge);
     }
     const index_t all = plan.total * element * (arrays + (write ? 1 : 0));
-    const bool short_rows_pay = all >= far_bytes(Writes::beside, s.threads) || arrays > 1;
-    const bool long_rows = plan.set_size * element >= (short_rows_pay ? kLeastRow : kLeastRowNear);
-    const bool beyond_l2 = plan.total * element > l2_bytes() / 2 * s.threads;
     const bool in_eights = can_go_in_eights(plan, element, arrays);
-    const bool worth = in_eights || (beyond_l2 && (set_is_row(plan) ? long_rows : plan.run.size() >= kLeastRun));
+    const bool worth = in_eights || beside_pays(plan, element, arrays, all, s.threads);
     s.by_row = can_go_by_row(plan, element, arrays) && write && !given && s.resident && choose(forced.by_row, worth);
     const index_t row = plan.walk == Walk::rows ? plan.run.size() : plan.lane.extent * plan.merge.extent;
     const bool in_short_runs = plan.walk == Walk::rows ? row < kShortRun : s.lanes < row;

@@ -234,21 +234,21 @@ inline index_t elements_per_piece(const Plan& plan, const Schedule& schedule) {
 // beside the moments of the next.
 enum class Together { given, moments, sums, beside };
 
-// Bytes of neighbouring runs that make a row long enough, and of sets that a second reading finds in L2. Time of batch
-// norm 32 x 512 x 28^2 forward, beside, with rows of 16 KiB over time with 6: 1.15, 32 x 400 x 31^2 1.1; 32 x 1024 x
-// 14^2, in turn, with 6 over 16: 1.15. Backward with rows of 16 KiB and sets of 256 KiB over time with 24 and 768: 32 x
-// 600 x 17^2 1.4, 32 x 400 x 20^2 1.15, 32 x 1024 x 14^2 1.08; forward, in turn, 14^2 0.94, 7^2 1.08 (one thread of a
-// Zen 5).
+// Bytes of neighbouring runs that make a row long enough, and of sets that a second reading finds in L2; run: of one.
+// Measured on batch norm (one thread of a Zen 5). Beside, speed with rows of 12 KiB and sets of 512 over speed with 6
+// and 256: 32 x 700 x 16^2 1.16, 32 x 600 x 17^2 1.11, 32 x 400 x 20^2 1.2, 32 x 600 x 22^2 1.23, 24^2 0.97, 26^2 0.92,
+// 32 x 512 x 28^2 0.8, 32^2 0.87. Backward, with 24 and 768 over 16 and 256: 32 x 600 x 17^2 1.4, 32 x 400 x 20^2 1.15,
+// 32 x 1024 x 14^2 1.08. Forward, in turn, with 16 and 512 over 16 and 256: 14^2 0.97, 10^2 0.97, 7^2 1.09.
 struct Enough {
     index_t row, sets;
 };
-inline Enough enough(Together how) {
-    constexpr index_t kKiB = 1024;
+inline Enough enough(Together how, index_t run) {
+    constexpr index_t kKiB = 1024, kShort = 2 * kKiB;
     switch (how) {
         case Together::given: return {kPieceBytes, kPieceBytes};
         case Together::moments: return {16 * kKiB, kPieceBytes};
         case Together::sums: return {24 * kKiB, 3 * kPieceBytes};
-        default: return {6 * kKiB, kPieceBytes};
+        default: return run <= kShort ? Enough{12 * kKiB, 2 * kPieceBytes} : Enough{6 * kKiB, kPieceBytes};
     }
 }
 
@@ -363,7 +363,8 @@ class SetTiles {
         const index_t set = plan.set_size * bytes, run = plan.run.size() * bytes;
         index_t n = kNearBytes / set;
         if (elements_.n > 1 && lies_interleaved()) {
-            const index_t rows = enough(how).row / run, most = enough(how).sets / set;
+            const Enough bytes_of = enough(how, run);
+            const index_t rows = bytes_of.row / run, most = bytes_of.sets / set;
             const bool narrow = most * run < kLeastWidth;
             const index_t wanted = how == Together::given || narrow || rows < most ? rows : most;
             if (wanted > n) n = wanted;
