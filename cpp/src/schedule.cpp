@@ -180,12 +180,13 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
     } else {
         // Resident only with all lanes of a sample at once: a few lanes of many rows lie a power of two apart more
         // often than not, share the same few sets of the cache and do not stay there.
-        const index_t merge = plan.merge.extent, lanes = plan.lane.extent * merge, samples = plan.kept.size();
+        const index_t merge = plan.merge.extent, lanes = plan.lane.extent * merge;
+        s.lanes = lanes_of_unit(lanes, merge);
+        const index_t units = plan.kept.size() * ((lanes + s.lanes - 1) / s.lanes);
         const bool near = plan.runs.size() * lanes * arrays * element * s.threads <= kNearSamples;
-        const bool even = samples % s.threads == 0 || samples >= 4 * s.threads;
+        const bool even = units % s.threads == 0 || units >= 4 * s.threads;
         s.resident = choose(forced.resident, near && even) && forced.split != 1;
         s.split = !s.resident;
-        s.lanes = lanes_of_unit(lanes, merge);
     }
     const index_t all = plan.total * element * (arrays + (write ? 1 : 0));
     const bool in_eights = can_go_in_eights(plan, element, arrays);
