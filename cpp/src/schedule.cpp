@@ -52,6 +52,13 @@ constexpr index_t kNearSamples = index_t{16} << 20;
 // 0.75.
 constexpr index_t kLeastRow = 512, kLeastRowNear = 2048;
 
+// Bytes of a row, backward, from which on L1 has no room for two rows of x and dy, the sums down the lanes and w. Up to
+// the second, and of one leaf, sums of kSumRows rows and then their dx is faster. Time row by row over time so, one
+// thread of a Zen 5; two: layer norm of 1400 float32 1.0; 0.95, 1536 1.12; 1.02, 1600 1.27; 1.1, 1792 1.14, 2048 1.08;
+// 1.09; float64 768 1.29, 1024 1.14, 1536 1.02, 2048 0.94. Longer float32 rows, of several leaves: 2500 0.82, 4096 0.8;
+// 256 x 1536, in a cache, 0.95.
+constexpr index_t kTooLongBeside = 5632, kTooLongInTurn = 8192;
+
 // Bytes of a row, of all arrays that are read, beyond which it does not go eight at a time from memory: the rows in
 // hand leave L1 between their readings. Rms norm backward, rows of 256 float32: 135 ns in place of 66 (one thread of a
 // Zen 5).
@@ -150,9 +157,19 @@ bool beside_pays(const Plan& plan, index_t element, int arrays, index_t all, int
     const Nest run = collapse(plan.run, kAll);
     const index_t bytes = plan.total * element;
     if (set_is_row(plan) && run.n == 1) {
+        // In a cache, layer norm's rows that are too long for eight at a time are better off in turn, four of them
+        // sharing the loads of w and b. Time beside / in turn, x of 1 to 4 MB, one thread of a Zen 5; two: 1100 float32
+        // 1.15; -, 1280 1.06 to 1.16; 1.07 to 1.24, 1600 1.06 to 1.27; 0.94 to 1.34, 2048 1.3; 1.08 to 1.35, 4096 1.35;
+        // 1.29 to 1.43, 8192 1.2; 1.2 to 1.4; float16 1280 to 4096 1.03 to 1.15; without w and b 0.95 to 1.05; rms norm
+        // 1280 to 3072 0.9 to 1.05, 4096 1.15, 8192 0.9.
+        const bool per_lane = run.inner().stride[kWeight] != 0 || run.inner().stride[kBias] != 0;
+        const bool in_cache = arrays == 1 && all < far_bytes(Writes::beside, threads);
+        if (in_cache && plan.center && per_lane && plan.set_size > cpu::kMostOfEight) return false;
         const bool short_rows_pay = all >= far_bytes(Writes::beside, threads) || arrays > 1;
-        const index_t least = short_rows_pay ? kLeastRow : kLeastRowNear;
-        return bytes > l2_bytes() / 2 * threads && plan.set_size * element >= least;
+        const index_t least = short_rows_pay ? kLeastRow : kLeastRowNear, row = plan.set_size * element;
+        const bool too_long = arrays > 1 && row > kTooLongBeside && row <= kTooLongInTurn &&
+                              plan.set_size <= kLeafLanes && all >= far_bytes(Writes::dx, threads);
+        return bytes > l2_bytes() / 2 * threads && row >= least && !too_long;
     }
     if (plan.run.size() < kLeastRun) return false;
     if (run.inner().extent <= kLeastRun) return all >= far_bytes(Writes::after, threads);
