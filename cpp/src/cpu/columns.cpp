@@ -17,12 +17,13 @@ constexpr index_t kGatherLanes = 64;
 // Rows of a unit between two looks at whether to give up; a multiple of kLeafRows.
 constexpr index_t kRowsBetweenQuestions = 1024;
 
-// Bytes of a piece of the second sweep, of all arrays that it reads: it goes backwards from piece to piece, so what a
-// piece asks for behind its end has been done. Time with 256 KiB over time with 1 MiB, mean of 18 cases in NHWC 1.025;
-// on two threads, of 26, 1.025 (a Zen 5); with 64 KiB over 256 1.08. Less where the threads would not have eight each.
-index_t rows_of_piece(const Plan& plan, index_t most_lanes, index_t element, int threads) {
+// Rows of a piece of the second sweep; element: bytes of one, in all arrays that are read. Where arrays come from
+// memory pieces are 1 MiB, if there are eight for each thread: the sweep goes backwards from piece to piece, and what a
+// piece asks for behind its end has been done. Time with 256 KiB over time so, mean of 18 cases in NHWC 1.025; on two
+// threads, of 26, 1.025 (a Zen 5); with 64 KiB over 256 1.08.
+index_t rows_of_piece(const Plan& plan, const Schedule& schedule, index_t most_lanes, index_t element) {
     constexpr index_t kMost = 4 * kPieceBytes;
-    const index_t share = plan.total * element / (8 * threads);
+    const index_t share = schedule.far ? plan.total * element / (8 * schedule.threads) : 0;
     const index_t bytes = share < kPieceBytes ? kPieceBytes : share < kMost ? share : kMost;
     const index_t rows = bytes / (most_lanes * element);
     return rows < 1 ? 1 : rows;
@@ -191,7 +192,7 @@ class ColumnsForward {
             sweep_moments();
         }
         if (!call_.y) return;
-        const index_t rows = rows_of_piece(plan_, units_.most_lanes(), sizeof(X), schedule_.threads);
+        const index_t rows = rows_of_piece(plan_, schedule_, units_.most_lanes(), sizeof(X));
         const Tiles tiles = units_.rows(kOperandsForward, rows);
         // Row by row of tiles, so that whole rows are written; backwards, because what was read last is still in the
         // last-level cache.
@@ -397,7 +398,7 @@ class ColumnsBackward {
                 }
             }
             if (call_.dx) {
-                const index_t rows = rows_of_piece(plan_, most, 2 * sizeof(X), schedule_.threads);
+                const index_t rows = rows_of_piece(plan_, schedule_, most, 2 * sizeof(X));
                 const Tiles tiles = units_.rows(kOperandsBackward, rows);
                 const index_t all = n * tiles.count();
                 parallel_for(all, schedule_.threads, Order::backwards, [&](index_t i) {  // as in the forward pass

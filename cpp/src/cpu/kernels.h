@@ -121,8 +121,8 @@ struct Unwritten {
     In w, b;
     Statistics<Compute<X>> s;
     index_t rows = 0, lanes = 0;
-    bool stream = false, far = false;             // far: what is summed beside comes from memory,
-    bool beyond_l3 = false;                       // all of it
+    bool stream = false, far = false;             // far: what is summed beside comes from memory;
+    bool beyond_l3 = false;                       // no L3 has room for it: Leaf::overlapped
     bool lines = false;                           // all rows of y, of tiles that come next too, begin on lines
     bool in_step = true;                          // a row may be written beside the leaves of one row, to its end
     bool w_lane = false;                          // w, b: one a row, or one a lane,

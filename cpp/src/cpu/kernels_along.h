@@ -162,8 +162,8 @@ NK_INLINE bool far_apart(In x) { return x.row > 16 * 1024; }
 // memory, one thread of a Zen 5; two: batch norm 32 x 128 x 28^2 1.23; 1.28, 32 x 512 x 28^2 1.23; 1.17, 32 x 1024 x
 // 14^2 1.1; 1.21, 32 x 64 x 56^2 1.2; 1.26, 32 x 256 x 56^2 1.06; 1.04, 32 x 64 x 112^2 1.01; 1.0.
 //
-// How it gets ahead: all at once, or by two turns for each until it is. For pieces of a few dozen KB the latter takes
-// 0.87 of the time (32 x 1024 x 14^2 backward), for longer ones 1.02.
+// How it gets ahead: all at once, or by two turns for each until it is. Where that begins anew every few dozen KB, the
+// latter takes 0.87 of the time (32 x 1024 x 14^2 backward), else 1.02 (32 x 256 x 56^2).
 enum class Start { at_once, by_and_by };
 template <class X, Start How>
 class Asker {
@@ -563,8 +563,9 @@ class WholeLeaves {
     index_t left_;
 };
 
+// How any leaves are overlapped, where that is worth a function.
 template <class X>
-constexpr Leaf kOverlaps = kVectorBytes == 64 && !kAboutOrigin<X> ? Leaf::overlapped : Leaf::in_turn;
+constexpr Leaf kAnyOverlapped = kVectorBytes == 64 && !kAboutOrigin<X> ? Leaf::overlapped : Leaf::in_turn;
 
 template <Leaf How, class X>
 NK_INLINE auto leaves_of(const LeafSeries* series, index_t n) {
@@ -808,7 +809,7 @@ void moments_along(const LeafSeries* series, index_t n, bool center, bool far, M
         const auto kernel = how == Leaf::about_zero ? moments_along_as<X, Leaf::about_zero>
                             : how == Leaf::in_turn  ? moments_along_as<X, Leaf::in_turn>
                             : how == Leaf::whole    ? moments_along_as<X, Leaf::whole>
-                                                    : moments_along_as<X, kOverlaps<X>>;
+                                                    : moments_along_as<X, kAnyOverlapped<X>>;
         kernel(alike, m, center, far, to);
     });
 }
@@ -1344,14 +1345,14 @@ template <class X, bool WLane, Stores How>
 NK_INLINE void moments_beside_as(const LeafSeries* series, index_t n, bool center, Moments* out, Unwritten<X>& tile) {
     // Rows of layer norm go in step; of 16 bits 28^2 and 56^2 took 1.05 to 1.12 times as long overlapped.
     constexpr bool kMayOverlap = !WLane && How != Stores::cached && sizeof(X) == 4;
+    constexpr Leaf kOverlapped = kMayOverlap ? kAnyOverlapped<X> : Leaf::in_turn;
     const bool overlaps = kMayOverlap && tile.beyond_l3;
     for_alike(series, n, center, overlaps, out, [&](Leaf as, const LeafSeries* alike, index_t m, Moments* to) {
         if (tile.done()) return moments_along<X>(alike, m, center, tile.far, to);
         const auto kernel = as == Leaf::about_zero ? moments_beside_tile<X, Leaf::about_zero, WLane, How>
                             : as == Leaf::whole    ? moments_beside_tile<X, Leaf::whole, WLane, How>
                             : as == Leaf::in_turn  ? moments_beside_tile<X, Leaf::in_turn, WLane, How>
-                                                   : moments_beside_tile < X,
-                   kMayOverlap ? kOverlaps<X> : Leaf::in_turn, WLane, How > ;
+                                                   : moments_beside_tile<X, kOverlapped, WLane, How>;
         kernel(alike, m, center, to, tile);
     });
 }
