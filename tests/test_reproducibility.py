@@ -281,6 +281,28 @@ def test_same_bits_wherever_x_and_parameters_lie(rng, norm, lanes, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 7, 7), (33, 65, 7, 7), (9, 5, 14, 14), (67, 4, 14, 14), (20, 6, 16, 16), (5, 7, 17, 17)]
+)
+def test_neighbouring_small_images(rng, shape, dtype):
+    """Channels whose short runs lie side by side are summed together; those with gaps between are not, nor pieces."""
+    x, dy = (random(rng, shape, dtype=dtype) for _ in range(2))
+    x[:, 1] = 2  # constant
+    weight = random(rng, shape[1:2], dtype=dtype)
+
+    def results(x, dy):
+        _, mean, rstd = nk.batch_norm_forward(x, None, None, weight, training=True)
+        return [mean, rstd, *nk.batch_norm_backward(dy, x, mean, rstd, weight)]
+
+    with _debug.force(isa=_debug.isas()[0], threads=1, stream=False, split=True):
+        expected = results(*(np.repeat(array, 2, axis=1)[:, ::2] for array in (x, dy)))
+    isas = _debug.isas() if dtype == "float32" else _debug.isas()[-1:]
+    for isa, threads, stream, split in product(isas, (1, 2), (False, True), (False, True)):
+        with _debug.force(isa=isa, threads=threads, stream=stream, split=split):
+            same(results(x, dy), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lanes", [3, 16, 33, 64, 100, 128, 257, 512, 700, 1024, 1025])
 @pytest.mark.parametrize("norm", ["layer", "rms", "instance"])
 def test_short_rows_in_eights(rng, norm, lanes, dtype):

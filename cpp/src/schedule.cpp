@@ -54,9 +54,9 @@ constexpr index_t kLeastRow = 512, kLeastRowNear = 2048;
 
 // Bytes of a row, backward, from which on L1 has no room for two rows of x and dy, the sums down the lanes and w. Up to
 // the second, and of one leaf, sums of kSumRows rows and then their dx is faster. Time row by row over time so, one
-// thread of a Zen 5; two: layer norm of 1400 float32 1.0; 0.95, 1536 1.12; 1.02, 1600 1.27; 1.1, 1792 1.14, 2048 1.08;
-// 1.09; float64 768 1.29, 1024 1.14, 1536 1.02, 2048 0.94. Longer float32 rows, of several leaves: 2500 0.82, 4096 0.8;
-// 256 x 1536, in a cache, 0.95.
+// thread of a Zen 5; two: layer norm (rms norm is alike) of 1400 float32 1.0; 0.95, 1536 1.12; 1.02, 1600 1.27; 1.1,
+// 1792 1.14, 2048 1.08; 1.09; float64 768 1.29, 1024 1.14, 1536 1.02, 2048 0.94. Longer float32 rows, of several
+// leaves: 2500 0.82, 4096 0.8; 256 x 1536, in a cache, 0.95.
 constexpr index_t kTooLongBeside = 5632, kTooLongInTurn = 8192;
 
 // Bytes of a row, of all arrays that are read, beyond which it does not go eight at a time from memory: the rows in
@@ -68,9 +68,10 @@ constexpr index_t kFarEights = 1024;
 constexpr index_t kLongestRow = index_t{1} << 16;
 
 // Elements of a run, where a set has several. Those of batch norm, if shorter, are written as one (joins), which cannot
-// be done beside: time beside / in turn, NCHW 14^2 1.2, 15^2 1.5, but 17^2 0.93. What is done once a run costs more
-// than is gained unless results go past the caches: group norm with runs of 8^2, 2 x 2560 1.25, 8 x 2560 1.14, 32 x
-// 2560 0.93; of 14^2, 16 x 640 1.08; on two threads 1.14, 1.23, 1.0; 1.09 (a Zen 5).
+// be done beside: time beside / in turn, NCHW 14^2 1.2, 15^2 1.5, but 17^2 0.93. For runs of so many and less, what is
+// done once a run costs more than is gained unless results go past the caches: group norm with runs of 8^2, 2 x 2560
+// 1.25, 8 x 2560 1.14, 32 x 2560 0.93; of 14^2, 16 x 640 1.08; on two threads 1.14, 1.23, 1.0; 1.09; of 16^2, 2 x 1280
+// 1.1, batch norm 8 x 128 x 16^2 1.2 (a Zen 5).
 constexpr index_t kLeastRun = 256;
 
 // Elements of a run below which sums over several are short (Writes::runs).
@@ -100,10 +101,12 @@ index_t l2_bytes() {
     return bytes;
 }
 
-// Bytes of x from which on sets of several longer runs gain by it. Time beside / in turn, one thread of a Zen 5; two:
-// batch norm 8 x 64 x 28^2 (1.6 MB) 1.16; 1.12, 8 x 64 x 32^2 (2.1 MB) 1.18; 1.11, 4 x 40 x 64^2 (2.6 MB) 1.0; 1.0,
-// 4 x 64 x 56^2 (3.2 MB) 0.96; 0.93, 32 x 64 x 28^2 (6.4 MB) 0.73; 0.92.
-index_t least_of_several_runs() { return 2 * l2_bytes(); }
+// Bytes of x from which on it pays to write one of several sets beside the sums of another: of one run each, or of
+// several longer ones. The latter, time beside / in turn, one thread of a Zen 5; two: batch norm 8 x 64 x 28^2 (1.6 MB)
+// 1.16; 1.12, 8 x 64 x 32^2 (2.1 MB) 1.18; 1.11, 4 x 40 x 64^2 (2.6 MB) 1.0; 1.0, 4 x 64 x 56^2 (3.2 MB) 0.96; 0.93, 32
+// x 64 x 28^2 (6.4 MB) 0.73; 0.92.
+index_t least_of_one_run(int threads) { return l2_bytes() / 2 * threads; }
+index_t least_of_several(int threads) { return std::max(2 * l2_bytes(), least_of_one_run(threads)); }
 
 constexpr unsigned kAll = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);
 
@@ -169,11 +172,11 @@ bool beside_pays(const Plan& plan, index_t element, int arrays, index_t all, int
         const index_t least = short_rows_pay ? kLeastRow : kLeastRowNear, row = plan.set_size * element;
         const bool too_long = arrays > 1 && row > kTooLongBeside && row <= kTooLongInTurn &&
                               plan.set_size <= kLeafLanes && all >= far_bytes(Writes::dx, threads);
-        return bytes > l2_bytes() / 2 * threads && row >= least && !too_long;
+        return bytes > least_of_one_run(threads) && row >= least && !too_long;
     }
     if (plan.run.size() < kLeastRun) return false;
     if (run.inner().extent <= kLeastRun) return all >= far_bytes(Writes::after, threads);
-    return bytes > least_of_several_runs();
+    return bytes > least_of_several(threads);
 }
 
 bool choose(int forced, bool automatic) { return forced < 0 ? automatic : forced != 0; }

@@ -84,6 +84,9 @@ struct LeafSeries {
     index_t rows = 0, lanes = 0, leaf = 0, leaves = 0;
 };
 
+// Leaves of a series, at most, that backward sums take side by side where their runs lie so.
+constexpr index_t kSideBySide = 64;
+
 // The same of a backward pass. Leaf i has the statistics number set + i * next_set, and w is the same for all.
 struct SumSeries {
     In dy, x, w;
@@ -122,7 +125,7 @@ struct Unwritten {
     Statistics<Compute<X>> s;
     index_t rows = 0, lanes = 0;
     bool stream = false, far = false;             // far: what is summed beside comes from memory;
-    bool beyond_l3 = false;                       // no L3 has room for it: Leaf::overlapped
+    bool beyond_l3 = false;                       // nor has any L3 room for it
     bool lines = false;                           // all rows of y, of tiles that come next too, begin on lines
     bool in_step = true;                          // a row may be written beside the leaves of one row, to its end
     bool w_lane = false;                          // w, b: one a row, or one a lane,

@@ -499,8 +499,8 @@ NK_INLINE Moments loose_leaf(In x, index_t rows, index_t lanes) {
 // 1.0. Other instruction sets have too few registers, and float64 has no conversions.
 enum class Leaf { about_zero, in_turn, overlapped, whole };
 
-// overlaps: whether those of other than whole leaves should be. docs/decisions/0002-schedule.md, "Squares beside the
-// next mean".
+// overlaps: whether those of other than whole leaves should be, where there is a function for it (kAnyOverlapped).
+// docs/decisions/0002-schedule.md, "Squares beside the next mean".
 NK_INLINE Leaf leaf_of(const LeafSeries& s, bool center, bool overlaps) {
     if (!center || kLoose) return Leaf::about_zero;
     if (kVectorBytes < 64) return Leaf::in_turn;
@@ -917,7 +917,7 @@ template <class X>
 class SideBySide {
   public:
     using T = Compute<X>;
-    static constexpr index_t kLeaves = 64, kLanes = kStep * kDepth;  // at most; a run goes over once at most
+    static constexpr index_t kLanes = kStep * kDepth;  // of a run at most, so that it goes over once at most
     using AskerOfRows = Asker<X, Start::by_and_by>;
 
     NK_INLINE SideBySide(const SumSeries& all, const Statistics<T>& s) : all_(all), s_(s) {}
@@ -998,7 +998,7 @@ class SideBySide {
     const SumSeries all_;  // which no store can change
     const Statistics<T> s_;
     const Adder<T> plus_;
-    Chains chains_[kLeaves];
+    Chains chains_[kSideBySide];
 };
 
 template <class X, bool Asks>
@@ -1012,17 +1012,17 @@ template <class X>
 NK_INLINE bool sums_side_by_side(const SumSeries* series, index_t n, const Statistics<Compute<X>>& s, bool far,
                                  Sums* out) {
     using Sides = SideBySide<X>;
+    if (series->rows == 1) return false;  // of a last leaf it may be one
     for (index_t i = 0; i < n; ++i) {
         const SumSeries& all = series[i];
-        const bool some = series->rows > 1 && all.leaves > 1 && all.leaves <= Sides::kLeaves;
-        if (!some || all.lanes > Sides::kLanes || all.w.row != 0) return false;
+        if (all.leaves == 1 || all.leaves > kSideBySide || all.lanes > Sides::kLanes || all.w.row != 0) return false;
         if (all.leaf_dy != bytes<X>(all.lanes) || all.leaf_x != all.leaf_dy) return false;
     }
     if (!far) {
         sums_side_by_side_as<X, false>(series, n, s, out, nullptr);
         return true;
     }
-    constexpr index_t kAtOnce = 16;
+    constexpr index_t kAtOnce = 16;  // series of rows for one asker
     for (index_t first = 0; first < n; first += kAtOnce) {
         const index_t some = n - first < kAtOnce ? n - first : kAtOnce;
         SumSeries rows[kAtOnce];

@@ -30,6 +30,7 @@ using normkit::cpu::Kernels;
 using normkit::cpu::kLine;
 using normkit::cpu::kMostOfEight;
 using normkit::cpu::kMostSums;
+using normkit::cpu::kSideBySide;
 using normkit::cpu::lanes_of_part;
 using normkit::cpu::LeafSeries;
 using normkit::cpu::on_lines;

@@ -178,7 +178,7 @@ class RowsBackward {
     // Sets of one cell whose runs are short and lie side by side: leaf by leaf of all of them, so that kernels can read
     // them in the order of memory.
     void cells_side_by_side(const Offsets& at, index_t n, const TileStatistics<T>& s, Sums* sums) const {
-        constexpr index_t kAtOnce = 16;
+        constexpr index_t kAtOnce = 16;  // leaves of each
         Room<SumSeries, kAtOnce> series;
         Room<Sums, kAtOnce * kSetsAtOnce> of_leaves;
         std::fill(sums, sums + n, Sums{});
