@@ -168,8 +168,7 @@ bool beside_pays(const Plan& plan, index_t element, int arrays, index_t all, int
         const bool per_lane = run.inner().stride[kWeight] != 0 || run.inner().stride[kBias] != 0;
         const bool in_cache = arrays == 1 && all < far_bytes(Writes::beside, threads);
         if (in_cache && plan.center && per_lane && plan.set_size > cpu::kMostOfEight) return false;
-        const bool short_rows_pay = all >= far_bytes(Writes::beside, threads) || arrays > 1;
-        const index_t least = short_rows_pay ? kLeastRow : kLeastRowNear, row = plan.set_size * element;
+        const index_t least = in_cache ? kLeastRowNear : kLeastRow, row = plan.set_size * element;
         const bool too_long = arrays > 1 && row > kTooLongBeside && row <= kTooLongInTurn &&
                               plan.set_size <= kLeafLanes && all >= far_bytes(Writes::dx, threads);
         return bytes > least_of_one_run(threads) && row >= least && !too_long;
