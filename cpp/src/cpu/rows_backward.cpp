@@ -254,8 +254,15 @@ class RowsBackward {
         const TileStatistics<T> s = statistics_.tile(set, 0, 0, 1);
         const Offsets at = plan_.kept.offsets(set) + index_.offsets(c);
         LeafWeights weights;
-        Sums sums = leaf(at, 0, s, &weights);
-        for (index_t l = 1; l < leaves_.count(); ++l) sums += leaf(at, l, s, &weights);
+        Sums sums;
+        for (index_t l = 0; l < leaves_.count(); ++l) {
+            const Sums more = leaf(at, l, s, &weights);  // in one place: its buffers are a third of the stack
+            if (l == 0) {
+                sums = more;
+            } else {
+                sums += more;
+            }
+        }
         return sums;
     }
 
@@ -364,12 +371,14 @@ class RowsBackward {
         index_t pieces = one_reading ? 1 : lane_pieces_for(blocks.count() * grid.others.size(), extent);
         const index_t least = (extent + kLeafLanes - 1) / kLeafLanes;
         if (single && pieces < least) pieces = least;
+        const bool given = single && !one_reading;
         const index_t lanes_per = ((extent + pieces - 1) / pieces + 63) / 64 * 64;
 
         parallel_for(blocks.count() * pieces, schedule_.threads, [&](index_t i) {
             const index_t block = i / pieces, lane = i % pieces * lanes_per;
             const index_t lanes = extent - lane < lanes_per ? extent - lane : lanes_per;
             if (lanes <= 0) return;
+            if (given && gradients_of(grid, lane, lanes)) return;
             double own[2 * kLeafLanes];
             DownSums of_block;
             if (single) {
@@ -405,6 +414,27 @@ class RowsBackward {
         }
         index_t width() const { return others.size() * lanes.extent; }
     };
+
+    // dx of `lanes` lanes of all rows, and the gradients of their parameters without sums in double in between. False,
+    // and nothing done, where the kernels can't.
+    bool gradients_of(const Grid& grid, index_t lane, index_t lanes) const {
+        const Axis& rows = grid.rows.inner();
+        if (!call_.dx || call_.constant_statistics || grid.rows.n > 1 || grid.lanes.stride[kGradient] != 1)
+            return false;
+        for (const Dtype dtype :
+             {call_.dweight ? call_.dweight_dtype : kDtype<T>, call_.dbias ? call_.dbias_dtype : kDtype<T>}) {
+            if (dtype != kDtype<T>) return false;
+        }
+        const Tiles tile(rows_and_lanes(rows, grid.lanes), 0);
+        Offsets at = grid.rows.offsets(0) + grid.others.offsets(0);
+        for (int k = 0; k < kOperands; ++k) at.at[k] += lane * grid.lanes.stride[k];
+        return backward_of_block(
+            k_, operand(call_.dy, call_.dtype, at, tile, kDy), operand(call_.x, call_.dtype, at, tile, kX),
+            parameter(call_.weight, call_.weight_dtype, at, tile, kWeight, one<T>()),
+            operand(call_.dx, call_.dtype, at, tile, kY), statistics_.tile(at[kSet], rows.stride[kSet], 0, rows.extent),
+            rows.extent, lanes, Gradients{call_.dweight, call_.dbias}.at(at[kGradient] * index_t{sizeof(T)}),
+            schedule_.stream);
+    }
 
     // dx of `lanes` lanes of some rows, and their sums down the rows.
     // own_sets: the rows are sets, whose sums have not been taken yet.
