@@ -404,7 +404,7 @@ class Copy {
 std::string path_taken() {
     const Path& path = this_thread_last_path();
     return std::string(path.walk) + (path.split ? " split" : "") + (path.resident ? " resident" : "") +
-           (path.stream ? " stream" : "") +
+           (path.stream ? " stream" : "") + (path.by_sample ? " by_sample" : "") +
            (path.in_eights  ? " in_eights"
             : path.in_parts ? " in_parts"
             : path.by_row   ? " by_row"

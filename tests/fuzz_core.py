@@ -46,7 +46,7 @@ ARGUMENTS = {
     "dtypes": "",
     "isas": "",
     "isa": "",
-    "force": "isa split resident stream by_row",
+    "force": "isa split resident stream by_row by_sample",
     "last_path": "",
 }
 WRITTEN = {"out", "target", "running_mean", "running_var"}  # but for evaluate, which only reads running statistics
@@ -327,7 +327,7 @@ class Example:
     replaced: list[str] = field(default_factory=list)
     more: list[Any] = field(default_factory=list)  # further positional arguments
     fewer: int = 0
-    forced: tuple = (None, -1, -1, -1, -1)
+    forced: tuple = (None, -1, -1, -1, -1, -1)
     threads: int = 0
 
 
@@ -446,6 +446,7 @@ def examples(draw):
         "split": Value(draw(st.integers(-1, 1))),
         "resident": Value(draw(st.integers(-1, 1))),
         "by_row": Value(draw(st.integers(-1, 1))),
+        "by_sample": Value(draw(st.integers(-1, 1))),
     }
     example = Example(function, {name: valid[name] for name in names}, case)
     replaced = draw(st.sampled_from((0, 1, 1, 2))) if names else 0
@@ -460,7 +461,7 @@ def examples(draw):
         example.more = draw(st.lists(values, max_size=2))
     if draw(st.booleans()):
         isa = st.sampled_from((None, *_core.isas()))
-        example.forced = (draw(isa), *(draw(st.integers(-1, 2)) for _ in range(4)))
+        example.forced = (draw(isa), *(draw(st.integers(-1, 2)) for _ in range(5)))
         example.threads = draw(st.sampled_from((0, 1, 2, 3, 8)))
     return example
 
@@ -554,7 +555,7 @@ def run(example, log=None):
     except BaseException as raised:
         error = raised
     finally:
-        _core.force(None, -1, -1, -1, -1)
+        _core.force(None, -1, -1, -1, -1, -1)
         _core.set_num_threads(0)
     good = not (example.replaced or example.more or example.fewer)
     assert not (good and error), f"a valid call raised {error!r}"

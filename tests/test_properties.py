@@ -104,9 +104,8 @@ def test_schedule_changes_no_bit(data):
     case = data.draw(cases())
     x, dy = (data.draw(recipes(case)).array(case.shape) for _ in range(2))
     weight, bias = case.parameters(np.random.default_rng(0))
-    forced = {
-        name: data.draw(st.sampled_from([None, False, True])) for name in ("split", "resident", "stream", "by_row")
-    }
+    names = ("split", "resident", "stream", "by_row", "by_sample")
+    forced = {name: data.draw(st.sampled_from([None, False, True])) for name in names}
     isa, threads = data.draw(st.sampled_from(_debug.isas())), data.draw(st.sampled_from([1, 2, 3, 8]))
 
     def run():

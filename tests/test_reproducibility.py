@@ -119,9 +119,9 @@ def test_every_norm_is_here():
 
 
 RUNNING = [case for case in BIG + BIG_OF_OTHERS if case.row.evaluation is not None]
-NAMES = ("split", "resident", "stream", "by_row")
-SWITCHES = [dict(zip(NAMES, (*values, False))) for values in product((False, True), repeat=3)]
-SWITCHES += [dict(zip(NAMES, (False, True, stream, True))) for stream in (False, True)]
+NAMES = ("split", "resident", "stream", "by_row", "by_sample")
+SWITCHES = [dict(zip(NAMES, (*values, False, not values[0]))) for values in product((False, True), repeat=3)]
+SWITCHES += [dict(zip(NAMES, (False, True, stream, True, False))) for stream in (False, True)]
 
 
 def forced_paths(case):
@@ -129,12 +129,13 @@ def forced_paths(case):
     return product(_debug.isas(), threads, SWITCHES)
 
 
-def taken(walk, split, resident, stream, by_row):
+def taken(walk, split, resident, stream, by_row, by_sample):
     """What these switches come to: a split set is in no one's cache, and columns that are streamed are split."""
     return {
         "split": split or (walk == "columns" and not resident),
         "resident": resident and not split,
         "stream": stream,
+        "by_sample": by_sample and walk == "columns" and not resident,
     }
 
 
@@ -278,6 +279,38 @@ def test_same_bits_wherever_x_and_parameters_lie(rng, norm, lanes, dtype):
         parts = 2048 < lanes < 4096 and (lines or lanes >= 2560) if norm == "layer" else lanes >= 4096 and lines
         assert path["in_parts"] == (parts and size >= 4)
         same(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "lanes"), [(1, 300), (1, 5000), (2, 2100), (3, 2064), (16, 4999), (17, 2100)])
+def test_gradients_of_few_long_rows(rng, rows, lanes, dtype):
+    """What so few rows add up to goes straight to the gradients, on lines or beside them, in the gradients' dtype."""
+    dtype = np.dtype(dtype)
+    weight, bias = (random(rng, (lanes,), dtype=dtype.name) for _ in range(2))
+    whole = [random(rng, (rows * lanes + 64,), dtype=dtype.name) for _ in range(2)]
+
+    def results(past, grad_dtype, needs=("x", "weight", "bias")):
+        """Of the same numbers, and into a result, that begin so many elements past a line."""
+        arrays = []
+        for array in (*whole, whole[0]):
+            memory = np.empty(array.nbytes + 64, np.uint8)
+            first = -memory.ctypes.data % 64 + past * dtype.itemsize
+            placed = memory[first : first + rows * lanes * dtype.itemsize].view(dtype).reshape(rows, lanes)
+            placed[...] = array[: rows * lanes].reshape(rows, lanes)
+            arrays.append(placed)
+        x, dy, dx = arrays
+        _, mean, rstd = nk.layer_norm_forward(x, (lanes,), weight, bias)
+        out = dx if "x" in needs else None
+        return nk.layer_norm_backward(dy, x, mean, rstd, (lanes,), weight, needs=needs, grad_dtype=grad_dtype, out=out)
+
+    for grad_dtype in (None, np.float64):
+        with _debug.force(isa=_debug.isas()[0], threads=1, stream=False, split=True):
+            expected = results(0, grad_dtype)
+        for isa, threads, stream, past in product(_debug.isas(), (1, 3), (False, True), (0, 4, 5)):
+            with _debug.force(isa=isa, threads=threads, stream=stream):
+                same(results(past, grad_dtype), expected)
+                same(results(past, grad_dtype, ("x", "bias"))[::2], expected[::2])
+                same(results(past, grad_dtype, ("weight",))[1:2], expected[1:2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

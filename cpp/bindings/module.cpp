@@ -415,14 +415,14 @@ bool py_copy(py::handle from, py::handle to, bool stream) {
     return true;
 }
 
-void py_force(py::handle isa_object, int split, int resident, int stream, int by_row) {
+void py_force(py::handle isa_object, int split, int resident, int stream, int by_row, int by_sample) {
     const char* name = nullptr;
     if (!isa_object.is_none()) {
         const auto isa = py::cast<std::string>(isa_object);
         name = find_isa(isa);
         if (!name) throw py::value_error("isa must be one of normkit._core.isas(), got '" + isa + "'");
     }
-    this_thread_choices() = {split, resident, stream, by_row, name};
+    this_thread_choices() = {split, resident, stream, by_row, by_sample, name};
 }
 
 py::dict py_last_path() {
@@ -435,6 +435,7 @@ py::dict py_last_path() {
     d["resident"] = path.resident;
     d["stream"] = path.stream;
     d["by_row"] = path.by_row;
+    d["by_sample"] = path.by_sample;
     d["in_eights"] = path.in_eights;
     d["in_parts"] = path.in_parts;
     return d;

@@ -46,6 +46,13 @@ constexpr index_t kBeyondL3 = index_t{48} << 20;
 // forward 1.0 to 1.15; instance NHWC 256 x 28^2 x 128 backward 1.12 to 1.15, 4 x 128^2 x 128 forward 1.0 to 1.1.
 constexpr index_t kNearSamples = index_t{16} << 20;
 
+// Larger samples, and those of which each thread has none to itself: both sweeps over as many as these bytes hold, then
+// over the next, if there are so many turns. Time with two sweeps of everything over time so, one thread of a Zen 5;
+// two: instance NHWC 8 x 256^2 x 64 backward 1.11; 1.08 to 1.15, forward (on one thread resident) 1.06 to 1.1, 4 x
+// 128^2 x 128 backward -; 0.95 to 1.06, group NHWC 32 x 56^2 x 256 1.0 to 1.03. Of two samples nothing: what a call
+// ends with, the next of the same arrays begins with, which a benchmark makes much of (2 x 64^3 x 32 0.98; 0.97).
+constexpr index_t kTogether = index_t{16} << 20, kLeastTurns = 4;
+
 // Bytes of a set of one row from which on it pays to do its sums beside the writing of another, where all of them come
 // from beyond L2. More for a forward pass that is not written past the caches. Time row by row / in batches, float32:
 // layer norm 25088 x 128 forward 0.7, backward 0.55 (two threads); 6272 x 256 backward 0.7, but forward 1.2; 4096 x 768
@@ -206,6 +213,11 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
         const bool even = units % s.threads == 0 || units >= 4 * s.threads;
         s.resident = choose(forced.resident, near && even) && forced.split != 1;
         s.split = !s.resident;
+        const index_t samples = plan.kept.size();
+        s.samples = std::max(index_t{1}, kTogether / std::max(index_t{1}, plan.total / samples * arrays * element));
+        s.by_sample = !s.resident && choose(forced.by_sample, !given && samples >= kLeastTurns * s.samples);
+        if (forced.by_sample == 1) s.samples = 1;
+        if (!s.by_sample) s.samples = samples;
     }
     const index_t all = plan.total * element * (arrays + (write ? 1 : 0));
     const bool in_eights = can_go_in_eights(plan, element, arrays);

@@ -24,6 +24,7 @@ class Path(TypedDict):
     resident: bool
     stream: bool
     by_row: bool
+    by_sample: bool
     in_eights: bool
     in_parts: bool
 
@@ -34,6 +35,7 @@ class _Settings(NamedTuple):
     resident: bool | None = None
     stream: bool | None = None
     by_row: bool | None = None
+    by_sample: bool | None = None
 
 
 class _Forced(local):
@@ -47,8 +49,7 @@ _forced = _Forced()
 
 def _apply(settings: _Settings) -> None:
     isa, *switches = settings
-    split, resident, stream, by_row = (-1 if switch is None else int(switch) for switch in switches)
-    _force(isa, split, resident, stream, by_row)
+    _force(isa, *(-1 if switch is None else int(switch) for switch in switches))
     _forced.settings = settings
 
 
@@ -61,6 +62,7 @@ def force(
     resident: bool | None = None,
     stream: bool | None = None,
     by_row: bool | None = None,
+    by_sample: bool | None = None,
 ) -> Iterator[None]:
     """Force a path inside a `with` block. What is None stays as it was outside the block.
 
@@ -78,8 +80,17 @@ def force(
         Non-temporal stores, and what else suits arrays from memory: lines are asked for, long rows go in parts.
     by_row : bool, optional
         The sums of one set beside the writing of another, where kernels can do that; of short rows, eight at a time.
+    by_sample : bool, optional
+        Two sweeps down the rows: of one sample after another (True), or of all together (False).
     """
-    wanted: dict[str, Any] = {"isa": isa, "split": split, "resident": resident, "stream": stream, "by_row": by_row}
+    wanted: dict[str, Any] = {
+        "isa": isa,
+        "split": split,
+        "resident": resident,
+        "stream": stream,
+        "by_row": by_row,
+        "by_sample": by_sample,
+    }
     before, threads_before = _forced.settings, get_num_threads()
     _apply(before._replace(**{name: value for name, value in wanted.items() if value is not None}))
     try:

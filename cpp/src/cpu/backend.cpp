@@ -24,6 +24,7 @@ void record(const Plan& plan, const Schedule& s, const Isa& isa) {
                  s.resident,
                  s.stream,
                  s.by_row,
+                 s.by_sample,
                  s.in_eights,
                  s.in_parts};
 }

@@ -96,6 +96,16 @@ Part part_of(const Units& units, index_t parts, index_t i) {
     return {i / (side * parts) * side + i % side, i / side % parts};
 }
 
+// f(first, n): n units from `first` on, those of the samples that are swept together.
+template <class F>
+void for_samples(const Plan& plan, const Units& units, const Schedule& schedule, F f) {
+    const index_t samples = plan.kept.size();
+    for (index_t sample = 0, n; sample < samples; sample += n) {
+        n = std::min(samples - sample, schedule.samples);
+        f(sample * units.per_outer(), n * units.per_outer());
+    }
+}
+
 // The statistics of the sets, one a lane of each: repeated once, and not for every tile.
 template <class T>
 class LaneStatistics {
@@ -188,33 +198,34 @@ class ColumnsForward {
                 for (index_t t = 0; t < all_rows.count(); ++t) apply_tile(u, all_rows, t);
             });
             return;
-        } else {
-            sweep_moments();
         }
-        if (!call_.y) return;
         const index_t rows = rows_of_piece(plan_, schedule_, units_.most_lanes(), sizeof(X));
         const Tiles tiles = units_.rows(kOperandsForward, rows);
-        // Row by row of tiles, so that whole rows are written; backwards, because what was read last is still in the
-        // last-level cache.
-        const index_t n = units_.count() * tiles.count();
-        parallel_for(n, schedule_.threads, Order::backwards, [&](index_t i) {
-            const Part here = part_of(units_, tiles.count(), i);
-            apply_tile(units_[here.unit], tiles, here.rows);
+        for_samples(plan_, units_, schedule_, [&](index_t first, index_t n) {
+            if (!call_.given) sweep_moments(first, n);
+            if (!call_.y) return;
+            // Row by row of tiles, so that whole rows are written; backwards, because what was read last is still in
+            // the last-level cache.
+            parallel_for(n * tiles.count(), schedule_.threads, Order::backwards, [&](index_t i) {
+                const Part here = part_of(units_, tiles.count(), i);
+                apply_tile(units_[first + here.unit], tiles, here.rows);
+            });
         });
     }
 
   private:
-    void sweep_moments() {
-        const index_t n = units_.count(), most = units_.most_lanes(), blocks = blocks_.count();
+    // Of n units from `first` on.
+    void sweep_moments(index_t first, index_t n) {
+        const index_t most = units_.most_lanes(), blocks = blocks_.count();
         const Buffer<double> parts(2 * n * blocks * most);
         const auto part = [&](index_t unit, index_t block) { return &parts[2 * (unit * blocks + block) * most]; };
         parallel_for(n * blocks, schedule_.threads, [&](index_t i) {
             const Part here = part_of(units_, blocks, i);
             double* mean = part(here.unit, here.rows);
-            moments(units_[here.unit], here.rows, mean, mean + most);
+            moments(units_[first + here.unit], here.rows, mean, mean + most);
         });
         parallel_for(n, schedule_.threads, [&](index_t i) {
-            const Unit u = units_[i];
+            const Unit u = units_[first + i];
             double* mean = part(i, 0);
             for (index_t b = 1; b < blocks; ++b) merge(u, b, mean, mean + most, part(i, b), part(i, b) + most);
             finish(u, mean, mean + most);
@@ -386,26 +397,26 @@ class ColumnsBackward {
             });
         } else {
             statistics_.put_given(plan_, call_.mean, call_.rstd);
-            if (sums) {
-                parallel_for(n * blocks, schedule_.threads, [&](index_t i) {
-                    const Part here = part_of(units_, blocks, i);
-                    double* to = part(here.unit, here.rows);
-                    sum_block(units_[here.unit], here.rows, to, to + most);
-                });
-                for (index_t i = 0; i < n; ++i) {
-                    for (index_t b = 1; b < blocks; ++b) add(units_[i], part(i, 0), part(i, b), most);
-                    if (wants_set_sums) finish(units_[i], part(i, 0), part(i, 0) + most);
+            const index_t rows = rows_of_piece(plan_, schedule_, most, 2 * sizeof(X));
+            const Tiles tiles = units_.rows(kOperandsBackward, rows);
+            for_samples(plan_, units_, schedule_, [&](index_t first, index_t some) {
+                if (sums) {
+                    parallel_for(some * blocks, schedule_.threads, [&](index_t i) {
+                        const Part here = part_of(units_, blocks, i);
+                        double* to = part(first + here.unit, here.rows);
+                        sum_block(units_[first + here.unit], here.rows, to, to + most);
+                    });
+                    for (index_t i = first; i < first + some; ++i) {
+                        for (index_t b = 1; b < blocks; ++b) add(units_[i], part(i, 0), part(i, b), most);
+                        if (wants_set_sums) finish(units_[i], part(i, 0), part(i, 0) + most);
+                    }
                 }
-            }
-            if (call_.dx) {
-                const index_t rows = rows_of_piece(plan_, schedule_, most, 2 * sizeof(X));
-                const Tiles tiles = units_.rows(kOperandsBackward, rows);
-                const index_t all = n * tiles.count();
-                parallel_for(all, schedule_.threads, Order::backwards, [&](index_t i) {  // as in the forward pass
-                    const Part here = part_of(units_, tiles.count(), i);
-                    dx_tile(units_[here.unit], tiles, here.rows);
+                if (!call_.dx) return;
+                parallel_for(some * tiles.count(), schedule_.threads, Order::backwards, [&](index_t i) {
+                    const Part here = part_of(units_, tiles.count(), i);  // as in the forward pass
+                    dx_tile(units_[first + here.unit], tiles, here.rows);
                 });
-            }
+            });
         }
         if (!wants_cells) return;
         for (index_t i = 0; i < n; ++i) {
