@@ -34,6 +34,20 @@ bool has_avx512() {
 }
 #endif
 
+// AMD family 1Ah (Zen 5) and later. What was measured before, a Zen 4, waits for too few lines at a time to L1.
+bool asks_l1() {
+#if defined(NORMKIT_X86)
+    unsigned a, b, c, d;
+    if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || c != signature_AMD_ecx || d != signature_AMD_edx) {
+        return false;
+    }
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
+    return (a >> 8 & 0xF) + (a >> 20 & 0xFF) >= 0x1A;
+#else
+    return false;
+#endif
+}
+
 #define NORMKIT_BASELINE(dtype, element, arithmetic) &kernels_baseline_##dtype,
 #define NORMKIT_AVX2(dtype, element, arithmetic) &kernels_avx2_##dtype,
 #define NORMKIT_AVX512(dtype, element, arithmetic) &kernels_avx512_##dtype,
@@ -73,6 +87,8 @@ std::atomic<const Isa*>& chosen() {
 }
 
 }  // namespace
+
+extern const bool ahead_to_l1 = asks_l1();
 
 const Isa& isa_in_force() {
     const char* forced = this_thread_choices().isa;

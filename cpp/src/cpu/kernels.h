@@ -37,6 +37,15 @@ struct DownSums {
     NORMKIT_HOST_DEVICE DownSums at(index_t lane) const { return g ? DownSums{g + lane, g_xhat + lane, fresh} : *this; }
 };
 
+// Where the gradients of w and b belong, as T, one a lane; null: not wanted.
+struct Gradients {
+    char *dweight = nullptr, *dbias = nullptr;
+
+    NORMKIT_HOST_DEVICE Gradients at(index_t bytes) const {
+        return {dweight ? dweight + bytes : nullptr, dbias ? dbias + bytes : nullptr};
+    }
+};
+
 // Rows of bytes with a fixed distance. Lanes are contiguous.
 template <class P>
 struct Rows {
@@ -49,6 +58,9 @@ using In = Rows<const char*>;
 using Out = Rows<char*>;
 
 constexpr index_t kLine = 64;  // bytes of a cache line
+
+// Whether what is read next is best asked for to L1, and not to L2 (docs/decisions/0002-schedule.md, "To which cache").
+extern const bool ahead_to_l1;
 NORMKIT_HOST_DEVICE bool on_line(const char* p) { return reinterpret_cast<std::uintptr_t>(p) % kLine == 0; }
 template <class P>
 NORMKIT_HOST_DEVICE bool on_lines(Rows<P> a) {
@@ -226,6 +238,11 @@ struct Kernels {
     // from memory, and the rows that follow are asked for. Precondition for sums beside dx: rows <= kSumRows.
     void (*backward_down[2][2])(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, DownSums sums,
                                 bool stream);
+
+    // dx, row by row, and the gradients of w and b, where these rows are all that share them: sums of so few rows are
+    // what they would be rounded to. Statistics are one a row, w is one a lane. Precondition: 1 <= rows <= kSumRows.
+    void (*backward_of_block)(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, Gradients to,
+                              bool stream);
 
     // n doubles, each rounded to the nearest number of T. stream: past the caches.
     void (*narrow)(const double* from, index_t n, char* to, bool stream);

@@ -141,15 +141,19 @@ template <class X>
 constexpr bool kAboutOrigin = std::is_same_v<X, double>;
 
 // Asks for the lines of a turn.
-template <class X>
+template <class X, bool ToL1>
 NK_INLINE void ask_for_turn(const char* p) {
-    for (index_t line = 0; line < bytes<X>(kTurn); line += kLine) prefetch_far(p + line);
+    for (index_t line = 0; line < bytes<X>(kTurn); line += kLine) __builtin_prefetch(p + line, 0, ToL1 ? 3 : 2);
 }
-// Of the one that lies some way ahead in memory: of the next row, or of a later set at the end of one.
-constexpr index_t kAhead = 8192;  // bytes
+// Of the one that lies some way ahead in memory: of the next row, or of a later set at the end of one. Two operands are
+// asked for less far each, if it is to L1, which has room for as much (docs/decisions/0002-schedule.md, "To which
+// cache").
+constexpr index_t kAhead = 8192, kAheadOfTwo = 6144;  // bytes
+NK_INLINE index_t ahead_of_two(index_t to_l1) { return ahead_to_l1 ? to_l1 : kAhead; }
 template <class X>
-NK_INLINE void ask_for_turn(const char* p, index_t at) {
-    ask_for_turn<X>(p + bytes<X>(at) + kAhead);
+NK_INLINE void ask_for_turn(const char* p, index_t at, index_t ahead = kAhead) {
+    p += bytes<X>(at) + ahead;
+    ahead_to_l1 ? ask_for_turn<X, true>(p) : ask_for_turn<X, false>(p);
 }
 
 // Whether runs lie so far apart that what follows one in memory is another set's. Backward sums with nothing beside ask
@@ -164,8 +168,10 @@ NK_INLINE bool far_apart(In x) { return x.row > 16 * 1024; }
 //
 // How it gets ahead: all at once, or by two turns for each until it is. Where that begins anew every few dozen KB, the
 // latter takes 0.87 of the time (32 x 1024 x 14^2 backward), else 1.02 (32 x 256 x 56^2).
+//
+// ToL1 is not asked for turn by turn: batch norm backward 0.89 to 0.93, NCHW 14^2 to 56^2.
 enum class Start { at_once, by_and_by };
-template <class X, Start How>
+template <class X, Start How, bool ToL1>
 class Asker {
   public:
     NK_INLINE Asker(const SumSeries* series, index_t n) : series_(series), last_(series + n - 1) {
@@ -184,8 +190,8 @@ class Asker {
     static constexpr index_t kTurns = kAhead / (kTurn * index_t{sizeof(X)}), kFirst = 4;
 
     NK_INLINE void ask() {
-        ask_for_turn<X>(dy_);
-        ask_for_turn<X>(x_);
+        ask_for_turn<X, ToL1>(dy_);
+        ask_for_turn<X, ToL1>(x_);
         dy_ += bytes<X>(kTurn);
         x_ += bytes<X>(kTurn);
         if (--turns_ == 0) next_run();
@@ -214,6 +220,22 @@ class Asker {
     const char *dy_, *x_;
     index_t row_ = 0, leaf_ = 0, turns_, owed_ = kTurns;
 };
+
+// f(asker), of one that asks for the series from here on.
+template <class X, Start How, class F>
+NK_INLINE void with_asker(const SumSeries* series, index_t n, F f) {
+    if (ahead_to_l1) {
+        Asker<X, How, true> asker(series, n);
+        f(&asker);
+    } else {
+        Asker<X, How, false> asker(series, n);
+        f(&asker);
+    }
+}
+
+// Without an order: nothing is asked for, or what follows in memory.
+struct NoAsker {};
+struct AsksInMemory {};
 
 // The sum of x in double: its mean is exact to the last bits of a double, as a mean that is multiplied by a large gamma
 // has to be (a sum of x - pilot in float was 1.8e-7 standard deviations off on stepped data).
@@ -815,7 +837,7 @@ void moments_along(const LeafSeries* series, index_t n, bool center, bool far, M
 }
 
 // Sums of g and of g * (x - hi): what makes of the second the sum of g * xhat is the same for the whole set.
-template <class X, bool WLane, bool InOrder = false>
+template <class X, bool WLane, class Asks = NoAsker>
 struct SumsBlock {
     using T = Compute<X>;
     static constexpr index_t kLanes = kStep;
@@ -828,7 +850,7 @@ struct SumsBlock {
     Vec<X> sum[K] = {}, sum_d[K] = {};
     double total = 0, total_d = 0;
     Adder<T> plus;
-    Asker<X, Start::at_once>* asker = nullptr;  // where it is asked InOrder
+    Asks* asker = nullptr;
 
     NK_INLINE void row(index_t r) {
         p_dy = dy.at(r);
@@ -837,9 +859,12 @@ struct SumsBlock {
         if constexpr (!WLane) w_row = splat<X>(value_at<T>(p_w));
     }
     NK_INLINE void ask_ahead(index_t at) {
-        if constexpr (InOrder) return asker->turn();
-        ask_for_turn<X>(p_dy, at);
-        ask_for_turn<X>(p_x, at);
+        if constexpr (std::is_empty_v<Asks>) {
+            ask_for_turn<X>(p_dy, at, ahead_of_two(kAheadOfTwo));
+            ask_for_turn<X>(p_x, at, ahead_of_two(kAheadOfTwo));
+        } else {
+            asker->turn();
+        }
     }
     NK_INLINE void full(index_t at) {
 #pragma GCC unroll 16
@@ -882,30 +907,26 @@ NK_INLINE V xhat_sum(V g, V g_d, V lo, V rstd) {
     return (kLoose ? g_d : g_d - lo * g) * rstd;
 }
 
-template <class X, bool WLane, bool InOrder = false, class Beside>
+template <class X, bool WLane, class Beside, class Asks = NoAsker>
 NK_INLINE Sums sums_of_leaf(In dy, In x, In w, const Statistics<Compute<X>>& s, index_t k, index_t rows, index_t lanes,
-                            Beside& beside, Asker<X, Start::at_once>* asker = nullptr) {
-    SumsBlock<X, WLane, InOrder> block{dy, x, w, splat<X>(s.hi[k]), {}, {}, {}, {}, {}, {}, 0, 0, {}, asker};
+                            Beside& beside, Asks* asker = nullptr) {
+    SumsBlock<X, WLane, Asks> block{dy, x, w, splat<X>(s.hi[k]), {}, {}, {}, {}, {}, {}, 0, 0, {}, asker};
     for_leaf<X>(x, rows, lanes, block, beside);
     return {block.total, xhat_sum<double>(block.total, block.total_d, s.lo[k], s.rstd[k])};
 }
 
-// Which lines are asked for: kAhead bytes further in memory, or those that Asker knows.
-enum class Asks { for_nothing, in_memory, in_order };
-
-// A function for each, and `asker` not of this one: GCC 12 then keeps sums in registers.
-template <class X, bool WLane, Asks How>
+// A function for each way to ask, and `asker` not of this one: GCC 12 then keeps sums in registers.
+template <class X, bool WLane, class Asks>
 __attribute__((noinline)) void sums_along_as(const SumSeries* series, index_t n, const Statistics<Compute<X>>& s,
-                                             Sums* out, Asker<X, Start::at_once>* asker) {
+                                             Sums* out, Asks* asker) {
     Nothing nothing;
-    nothing.asking = How != Asks::for_nothing;
+    nothing.asking = !std::is_same_v<Asks, NoAsker>;
     for (; n > 0; --n, ++series) {
         const SumSeries all = *series;
         In dy = all.dy, x = all.x;
         for (index_t i = 0; i < all.leaves; ++i, dy.p += all.leaf_dy, x.p += all.leaf_x) {
             const index_t k = all.set + i * all.next_set;
-            *out++ =
-                sums_of_leaf<X, WLane, How == Asks::in_order>(dy, x, all.w, s, k, all.rows, all.lanes, nothing, asker);
+            *out++ = sums_of_leaf<X, WLane>(dy, x, all.w, s, k, all.rows, all.lanes, nothing, asker);
         }
     }
 }
@@ -918,12 +939,11 @@ class SideBySide {
   public:
     using T = Compute<X>;
     static constexpr index_t kLanes = kStep * kDepth;  // of a run at most, so that it goes over once at most
-    using AskerOfRows = Asker<X, Start::by_and_by>;
 
     NK_INLINE SideBySide(const SumSeries& all, const Statistics<T>& s) : all_(all), s_(s) {}
 
-    template <bool Asks>
-    NK_INLINE void sum(Sums* out, [[maybe_unused]] AskerOfRows* asker) {
+    template <class Asks>
+    NK_INLINE void sum(Sums* out, [[maybe_unused]] Asks* asker) {
         const index_t steps = (all_.lanes + kStep - 1) / kStep;
         const Vec<X> w = splat<X>(value_at<T>(all_.w.p));
         for (index_t i = 0; i < all_.leaves; ++i) {
@@ -936,7 +956,7 @@ class SideBySide {
             const index_t left = kLoose ? steps + 1 : kDepth - done;
             [[maybe_unused]] index_t asked = 0;
             for (index_t i = 0; i < all_.leaves; ++i, dy += all_.leaf_dy, x += all_.leaf_x) {
-                if constexpr (Asks) {
+                if constexpr (!std::is_same_v<Asks, NoAsker>) {
                     for (; asked < (i + 1) * all_.lanes; asked += kTurn) asker->turn();
                 }
                 const Run run{dy, x, w, splat<X>(s_.hi[number(i)])};
@@ -1001,10 +1021,10 @@ class SideBySide {
     Chains chains_[kSideBySide];
 };
 
-template <class X, bool Asks>
+template <class X, class Asks>
 __attribute__((noinline)) void sums_side_by_side_as(const SumSeries* series, index_t n, const Statistics<Compute<X>>& s,
-                                                    Sums* out, typename SideBySide<X>::AskerOfRows* asker) {
-    for (; n > 0; --n, out += series++->leaves) SideBySide<X>(*series, s).template sum<Asks>(out, asker);
+                                                    Sums* out, Asks* asker) {
+    for (; n > 0; --n, out += series++->leaves) SideBySide<X>(*series, s).sum(out, asker);
 }
 
 // False: they do not all lie so.
@@ -1018,8 +1038,9 @@ NK_INLINE bool sums_side_by_side(const SumSeries* series, index_t n, const Stati
         if (all.leaves == 1 || all.leaves > kSideBySide || all.lanes > Sides::kLanes || all.w.row != 0) return false;
         if (all.leaf_dy != bytes<X>(all.lanes) || all.leaf_x != all.leaf_dy) return false;
     }
+    NoAsker* const none = nullptr;
     if (!far) {
-        sums_side_by_side_as<X, false>(series, n, s, out, nullptr);
+        sums_side_by_side_as<X>(series, n, s, out, none);
         return true;
     }
     constexpr index_t kAtOnce = 16;  // series of rows for one asker
@@ -1031,8 +1052,8 @@ NK_INLINE bool sums_side_by_side(const SumSeries* series, index_t n, const Stati
             rows[i].lanes *= rows[i].leaves;
             rows[i].leaves = 1;
         }
-        typename Sides::AskerOfRows asker(rows, some);
-        sums_side_by_side_as<X, true>(series + first, some, s, out, &asker);
+        with_asker<X, Start::by_and_by>(
+            rows, some, [&](auto* asker) { sums_side_by_side_as<X>(series + first, some, s, out, asker); });
         for (index_t i = 0; i < some; ++i) out += series[first + i].leaves;
     }
     return true;
@@ -1047,13 +1068,15 @@ void sums_along(const SumSeries* series, index_t n, Statistics<Compute<X>> s, bo
     if constexpr (!WLane) {
         if (sums_side_by_side<X>(series, n, s, far, out)) return;
     }
+    NoAsker* const none = nullptr;
+    AsksInMemory* const in_memory = nullptr;
     if (!far || !far_apart(series->x)) {
-        sums_along_as<X, WLane, Asks::for_nothing>(series, n, s, out, nullptr);
+        sums_along_as<X, WLane>(series, n, s, out, none);
     } else if (WLane || bytes<X>(series->lanes) <= kShortRunBytes) {
-        sums_along_as<X, WLane, Asks::in_memory>(series, n, s, out, nullptr);
+        sums_along_as<X, WLane>(series, n, s, out, in_memory);
     } else if constexpr (!WLane) {
-        Asker<X, Start::at_once> asker(series, n);
-        sums_along_as<X, WLane, Asks::in_order>(series, n, s, out, &asker);
+        with_asker<X, Start::at_once>(series, n,
+                                      [&](auto* asker) { sums_along_as<X, WLane>(series, n, s, out, asker); });
     }
 }
 
@@ -1465,11 +1488,17 @@ class ShortDownSums {
     alignas(64) T room_[2][most + 2 * kWidth<X>];
 };
 
+// What becomes of the sums down the lanes: they are not wanted, kept for the rows that follow, or, at the last row of
+// all, given as they are to the gradients of w and b (each: if it is wanted).
+enum class Down { none, kept, given };
+
 // dx of a row, a few vectors at a time, and dy and dy * xhat added to what earlier rows have left; `first`: there are
-// none. Sums are whole vectors: lanes beside those of a part have 0 added, and what comes beyond the row's last is
-// never looked at.
-template <class X, bool Sum, Stores How>
-struct WritingDx {
+// none. Sums that are kept are whole vectors: lanes beside those of a part have 0 added, and what comes beyond the
+// row's last is never looked at.
+struct NotGiven {};
+template <class X, Down Add, Stores How>
+struct WritingDx : std::conditional_t<Add == Down::given, Gradients, NotGiven> {
+    static_assert(Add != Down::given || How != Stores::joined);
     using Ends = EndsOf<X, How, true>;
     static constexpr bool kBehindHead = How == Stores::joined, kHasOthers = false;
     index_t head = 0;
@@ -1521,15 +1550,24 @@ struct WritingDx {
     NK_INLINE void add(const T* from, T* to, Vec<X> v) {
         store<T>(reinterpret_cast<char*>(to + lane), load<T>(reinterpret_cast<const char*>(from + lane)) + v);
     }
+    NK_INLINE void give(const T* from, char* to, Vec<X> v, int n) {
+        if (!to) return;
+        put<T, How == Stores::lines>(to + bytes<T>(lane), load<T>(reinterpret_cast<const char*>(from + lane)) + v, n);
+    }
     NK_INLINE void vector(int n) {
         const Vec<X> dyv = load_rest<X>(dy + bytes<X>(lane), n);
         const Vec<X> d = load_rest<X>(x + bytes<X>(lane), n) - hi;
         const Vec<X> a = rstd * load_rest<T>(w + bytes<T>(lane), n);
         put<X, How, true>(ends, dx + bytes<X>(lane), dx_of<Vec<X>>(dyv, d, rstd, a, e, c), n);
-        if constexpr (Sum) {
+        if constexpr (Add != Down::none) {
             const Vec<X> xhat = (kLoose ? d : d - lo) * rstd;
-            add(before, sum, n < kWidth<X> ? keep_first<T>(dyv, n) : dyv);
-            add(before_xhat, sum_xhat, n < kWidth<X> ? keep_first<T>(dyv * xhat, n) : dyv * xhat);
+            if constexpr (Add == Down::given) {
+                give(before, this->dbias, dyv, n);
+                give(before_xhat, this->dweight, dyv * xhat, n);
+            } else {
+                add(before, sum, n < kWidth<X> ? keep_first<T>(dyv, n) : dyv);
+                add(before_xhat, sum_xhat, n < kWidth<X> ? keep_first<T>(dyv * xhat, n) : dyv * xhat);
+            }
         }
         lane += n;
     }
@@ -1550,7 +1588,7 @@ struct WritingDx {
 // 1536 1.0, 2048 1.35, 4096 1.45. Rows of 16 bits are half as long, and their conversions are worth doing meanwhile:
 // 4096 0.65.
 constexpr index_t kLongestBeside = 6 * 1024;  // bytes of a row
-template <class X, bool Sum, Stores How, bool IsBeside>
+template <class X, Down Add, Stores How, bool IsBeside>
 void backward_row_by_row(const BackwardRows<Compute<X>>& of) {
     using T = Compute<X>;
     const BackwardRows<T> all = of;  // which no store can change
@@ -1576,7 +1614,7 @@ void backward_row_by_row(const BackwardRows<Compute<X>>& of) {
     EndsOf<X, How, true> ends;
     sums_of(0, nothing);
     for (index_t r = 0; r < all.rows; ++r) {
-        WritingDx<X, Sum, How> writing(all, r, r == 0, down, ends);
+        WritingDx<X, Add, How> writing(all, r, r == 0, down, ends);
         if constexpr (IsBeside) {
             if (r + 1 < all.rows) sums_of(r + 1, writing);
             writing.rest();
@@ -1586,17 +1624,17 @@ void backward_row_by_row(const BackwardRows<Compute<X>>& of) {
         }
     }
     ends.finish();
-    if constexpr (Sum) down.add_to(all.sums, all.lanes);
+    if constexpr (Add == Down::kept) down.add_to(all.sums, all.lanes);
 }
 
 template <class X>
 void backward_rows(const BackwardRows<Compute<X>>& all) {
     with_row_stores<X, true>(all.stream, all.x, all.dx, all.lanes, on_lines(all.dx), [&](auto how) NK_INLINE_LAMBDA {
         const bool is_beside = sizeof(X) == 2 || bytes<X>(all.lanes) <= kLongestBeside;
-        const auto kernel =
-            is_beside
-                ? (all.sums.g ? backward_row_by_row<X, true, how, true> : backward_row_by_row<X, false, how, true>)
-                : (all.sums.g ? backward_row_by_row<X, true, how, false> : backward_row_by_row<X, false, how, false>);
+        const auto kernel = is_beside ? (all.sums.g ? backward_row_by_row<X, Down::kept, how, true>
+                                                    : backward_row_by_row<X, Down::none, how, true>)
+                                      : (all.sums.g ? backward_row_by_row<X, Down::kept, how, false>
+                                                    : backward_row_by_row<X, Down::none, how, false>);
         kernel(all);
     });
 }

@@ -208,7 +208,13 @@ void apply_terms(In x, Out y, const Terms<X, 3>& terms, Bundle b, index_t rows) 
     // reads two).
     for_bundles<X>(b, r, rows, [=](index_t row, index_t l, index_t t, int n) NK_INLINE_LAMBDA {
         const char* px = x.at(row) + bytes<X>(l);
-        if constexpr (Stream) prefetch_far(apart ? px + b.rows * x.row : px + kAhead);
+        if constexpr (Stream) {
+            if (apart) {
+                prefetch_far(px + b.rows * x.row);
+            } else {
+                prefetch_near(px + kAhead);
+            }
+        }
         const Vec<X> d = load_rest<X>(px, n) - load_term<X>(hi + t, n);
         put<X, Stream>(y.at(row) + bytes<X>(l), d * load_term<X>(a + t, n) + load_term<X>(c + t, n), n);
     });
@@ -345,8 +351,8 @@ NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<Compute
 #pragma GCC unroll 4
         for (int i = 0; i < V; ++i) {
             if constexpr (Sum && !Dx && Stream && V > 1) {
-                prefetch_far(dy.at(r + kSumRows) + i * kMemoryBytes<X>);
-                prefetch_far(x.at(r + kSumRows) + i * kMemoryBytes<X>);
+                prefetch_near(dy.at(r + kSumRows) + i * kMemoryBytes<X>);
+                prefetch_near(x.at(r + kSumRows) + i * kMemoryBytes<X>);
             }
             const Vec<X> dyv = load_chunk<X, V>(dy.at(r), i, n);
             const Vec<X> d = load_chunk<X, V>(x.at(r), i, n) - hi[i];
@@ -360,6 +366,16 @@ NK_INLINE void backward_down_chunk(In dy, In x, In w, Out dx, Statistics<Compute
         }
     }
     if constexpr (Sum) add_sums<X, SLane, V>(sum, sum_xhat, lo, rstd, n, sum_g, sum_g_xhat);
+}
+
+// What a backward pass reads next from memory: some way ahead; of rows that lie apart, the next one.
+constexpr index_t kAheadDown = 4096;  // bytes
+NK_INLINE void ask_down(const char* p, index_t row, bool apart) {
+    if (apart) {
+        prefetch_far(p + row);
+    } else {
+        prefetch_near(p + ahead_of_two(kAheadDown));
+    }
 }
 
 // As apply_terms.
@@ -390,11 +406,12 @@ void dx_terms_down(In dy, In x, Out dx, const Terms<X, 5>& terms, Bundle b, inde
             }
         }
     });
+    const bool apart = x.row != bytes<X>(b.lanes / b.rows);
     for_bundles<X>(b, r, rows, [=](index_t row, index_t l, index_t t, int n) NK_INLINE_LAMBDA {
         const char *pdy = dy.at(row) + bytes<X>(l), *px = x.at(row) + bytes<X>(l);
         if constexpr (Stream) {
-            prefetch_far(pdy + kAhead);
-            prefetch_far(px + kAhead);
+            ask_down(pdy, dy.row, apart);
+            ask_down(px, x.row, apart);
         }
         put<X, Stream>(dx.at(row) + bytes<X>(l),
                        dx_of<Vec<X>>(load_rest<X>(pdy, n), load_rest<X>(px, n) - load_term<X>(hi + t, n),
@@ -461,9 +478,9 @@ NK_INLINE void backward_down_rows(In dy, In x, In w, Out dx, Statistics<Compute<
 // The same with statistics one a row, for rows so long that reading them row by row is better than a few lanes of all:
 // the sums of kLeafLanes lanes wait in L1. A tile is two or three streams then, not as many as it has rows, which lie a
 // power of two apart more often than not.
-template <class X, Stores How>
+template <class X, Stores How, bool Given>
 NK_INLINE void backward_by_row(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes,
-                               DownSums sums) {
+                               DownSums sums, Gradients to) {
     using T = Compute<X>;
     for (index_t lane = 0; lane < lanes; lane += kLeafLanes) {
         const index_t n = lanes - lane < kLeafLanes ? lanes - lane : kLeafLanes, o = bytes<X>(lane);
@@ -478,12 +495,42 @@ NK_INLINE void backward_by_row(In dy, In x, In w, Out dx, Statistics<Compute<X>>
         const index_t head = How == Stores::joined ? head_of_joined<X, true>(part.x, part.dx, 0, n) : 0;
         ShortDownSums<X, kLeafLanes> down(head);
         EndsOf<X, How, true> ends;
-        for (index_t r = 0; r < rows; ++r) {
-            WritingDx<X, true, How>(part, r, r == 0, down, ends).rest();
+        const index_t kept = Given ? rows - 1 : rows;
+        for (index_t r = 0; r < kept; ++r) {
+            WritingDx<X, Down::kept, How>(part, r, r == 0, down, ends).rest();
         }
         ends.finish();
-        down.add_to(sums.at(lane), n);
+        if constexpr (Given) {
+            const Gradients here = to.at(bytes<T>(lane));
+            // Its vectors begin where those of the gradients do.
+            const bool lines = on_line(part.dx.at(kept)) && on_line(here.dweight) && on_line(here.dbias);
+            with_stores<X>(How != Stores::cached && lines, true, [&](auto how) NK_INLINE_LAMBDA {
+                if constexpr (how != Stores::joined) {
+                    OnLines<X> whole;
+                    WritingDx<X, Down::given, how> last(part, kept, kept == 0, down, whole);
+                    static_cast<Gradients&>(last) = here;
+                    last.rest();
+                }
+            });
+        } else {
+            down.add_to(sums.at(lane), n);
+        }
     }
+}
+
+// As backward_down, with what becomes of the sums.
+template <class X, bool Given>
+NK_INLINE void backward_down_by_row(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes,
+                                    DownSums sums, Gradients to, bool stream) {
+    with_row_stores<X, true>(stream, x, dx, lanes, on_lines(dx), [&](auto how) NK_INLINE_LAMBDA {
+        backward_by_row<X, how, Given>(dy, x, w, dx, s, rows, lanes, sums, to);
+    });
+}
+
+template <class X>
+void backward_of_block(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes, Gradients to,
+                       bool stream) {
+    backward_down_by_row<X, true>(dy, x, w, dx, s, rows, lanes, {}, to, stream);
 }
 
 constexpr index_t kRowByRow = 256;  // lanes
@@ -501,6 +548,7 @@ NK_INLINE void sums_by_row(In dy, In x, In w, Statistics<Compute<X>> s, index_t 
     constexpr index_t kLanes = 1024;
     alignas(64) T sum[kLanes], sum_xhat[kLanes];
     const Adder<T> plus;
+    const bool apart = x.row != bytes<X>(lanes);
     for (index_t first = 0; first < lanes; first += kLanes) {
         const index_t all = lanes - first < kLanes ? lanes - first : kLanes;
         const auto row_at = [&](index_t r, auto is_first) NK_INLINE_LAMBDA {
@@ -518,8 +566,8 @@ NK_INLINE void sums_by_row(In dy, In x, In w, Statistics<Compute<X>> s, index_t 
                 return is_first ? Vec<X>{} : load<T>(reinterpret_cast<const char*>(of + lane));
             };
             for_vectors<X>(all, 0, [&](index_t lane, int n) NK_INLINE_LAMBDA {
-                prefetch_far(pdy + bytes<X>(lane) + kAhead);
-                prefetch_far(px + bytes<X>(lane) + kAhead);
+                ask_down(pdy + bytes<X>(lane), dy.row, apart);
+                ask_down(px + bytes<X>(lane), x.row, apart);
                 const Vec<X> g =
                     load_rest<X>(pdy + bytes<X>(lane), n) * (WLane ? load_rest<T>(pw + bytes<T>(lane), n) : wv);
                 const Vec<X> d = load_rest<X>(px + bytes<X>(lane), n) - (SLane ? load_term<X>(s.hi + k + lane, n) : hi);
@@ -676,13 +724,14 @@ void backward_down(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t 
     const bool streamed = stream && can_stream_down<X>(dx, lanes, without_gap);
     if constexpr (!SLane && WLane) {
         if (dx.p && sum_g && lanes >= kRowByRow) {
-            with_row_stores<X, true>(stream, x, dx, lanes, on_lines(dx), [&](auto how) NK_INLINE_LAMBDA {
-                backward_by_row<X, how>(dy, x, w, dx, s, rows, lanes, sums);
-            });
+            backward_down_by_row<X, false>(dy, x, w, dx, s, rows, lanes, sums, {}, stream);
             return;
         }
     }
-    for (index_t l = 0; sum_g && sums.fresh && l < lanes; ++l) sum_g[l] = sum_g_xhat[l] = 0;
+    if (sum_g && sums.fresh) {
+        __builtin_memset(sum_g, 0, static_cast<std::size_t>(bytes<double>(lanes)));
+        __builtin_memset(sum_g_xhat, 0, static_cast<std::size_t>(bytes<double>(lanes)));
+    }
     if (!dx.p) {
         sums_down<X, SLane, WLane>(dy, x, w, s, rows, lanes, stream, sum_g, sum_g_xhat);
     } else if (!sum_g) {

@@ -137,8 +137,11 @@ index_t forward_in_eights_as(const ForwardEights<Compute<X>>& of) {
 
     const char *x_next = all.x.p, *x_now = x_next, *x_last = x_next, *w = all.w.p, *b = all.b.p;
     char* y = all.y.p;
+    // Rms norm has a third row in hand when it asks.
     const auto ask_ahead = [&](const char* x) NK_INLINE_LAMBDA {
-        for (index_t at = 0; all.far && at < lanes; at += kTurn) ask_for_turn<X>(x, at);
+        if (!all.far) return;
+        constexpr index_t kOf = Center ? kAhead : kAhead * 3 / 2;
+        for (index_t at = 0; at < lanes; at += kTurn) ask_for_turn<X>(x, at, kOf);
     };
     const auto add_up = [&](int j) NK_INLINE_LAMBDA {
         ask_ahead(x_next);
@@ -266,8 +269,8 @@ index_t backward_in_eights_as(const BackwardEights& of) {
                 continue;
             }
             const Split<T> s{now.mean.hi[j], now.mean.lo[j], now.rstd[j], 1};
-            WritingDx<X, Sum, How> writing(all, r + j, s, DxTerms<T>{now.terms.e[j], now.terms.c[j]}, false, down,
-                                           ends);
+            WritingDx<X, Sum ? Down::kept : Down::none, How> writing(
+                all, r + j, s, DxTerms<T>{now.terms.e[j], now.terms.c[j]}, false, down, ends);
             if (adds) add_up(writing);
             writing.rest();
         }

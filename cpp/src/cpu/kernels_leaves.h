@@ -88,18 +88,27 @@ class Neighbours {
   public:
     static constexpr bool kInTurn = false;  // take_moments
     static constexpr int kVectors = V;
-    NK_INLINE Neighbours(In x, int n) : x_(x), n_(n) {}
+    NK_INLINE Neighbours(In x, int n) : x_(x), n_(n), short_(x.row <= kShort) {}
     NK_INLINE Vec<X> load(index_t r, int i) const { return load_chunk<X, V>(x_.at(r), i, n_); }
     NK_INLINE Widened<Compute<X>> widen(index_t r, int i, Vec<X> v) const {
         return V > 1 ? load_widened<X>(x_.at(r) + i * kMemoryBytes<X>) : widened<Compute<X>>(v);
     }
     NK_INLINE void ask(index_t r, int i) const {
-        if constexpr (Far) prefetch_far(x_.at(r + kLeafRows) + i * kMemoryBytes<X>);
+        if constexpr (Far) {
+            const char* const next = x_.at(r + kLeafRows) + i * kMemoryBytes<X>;
+            if (short_) {
+                prefetch_near(next);
+            } else {
+                prefetch_far(next);
+            }
+        }
     }
 
   private:
+    static constexpr index_t kShort = 512;  // bytes of rows of which two leaves stay in L1
     In x_;
     int n_;
+    bool short_;
 };
 
 // Few lanes of several leaves. Of one, vectors would be part-filled, or so few that each addition waits for the one
@@ -126,7 +135,7 @@ class Apart {
         return Whole ? load_widened<X>(at(r, i)) : widened<Compute<X>>(v);
     }
     NK_INLINE void ask(index_t r, int i) const {
-        if (of_.ahead != 0) prefetch_far(at(r, i) + of_.ahead);
+        if (of_.ahead != 0) prefetch_near(at(r, i) + of_.ahead);
     }
     // What all leaves have in common.
     NK_INLINE static Vec<X> spread(const Compute<X>* p, int n) { return load_term<X>(p, n); }
@@ -152,8 +161,8 @@ class InSlots {
     NK_INLINE void ask(index_t r, int i) const {
         if (of_.ahead == 0) return;
         const index_t some = P * of_.x.row;
-        if (some <= kLine) return prefetch_far(of_.x.p + of_.ahead + (r * V + i) * some);
-        for (int p = 0; p < P; ++p) prefetch_far(at(r, i) + p * of_.leaf + of_.ahead);
+        if (some <= kLine) return prefetch_near(of_.x.p + of_.ahead + (r * V + i) * some);
+        for (int p = 0; p < P; ++p) prefetch_near(at(r, i) + p * of_.leaf + of_.ahead);
     }
     NK_INLINE static Vec<X> spread(const Compute<X>* p, int n) {
         return Slots<Compute<X>, P>(n, P).load(reinterpret_cast<const char*>(p), 0);

@@ -225,6 +225,17 @@ bool backward_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Str
 }
 
 template <class X>
+bool backward_of_block(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx,
+                       const TileStatistics<Compute<X>>& s, index_t rows, index_t lanes, Gradients to, bool stream) {
+    if (s.scale || !contiguous<X>(dy, lanes) || !contiguous<X>(x, lanes) || !contiguous<X>(dx, lanes) ||
+        !contiguous<Compute<X>>(w, lanes)) {
+        return false;
+    }
+    k.direct.backward_of_block(in(dy), in(x), in(w), out_of(dx), s, rows, lanes, to, stream);
+    return true;
+}
+
+template <class X>
 index_t backward_in_eights(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx, index_t rows,
                            index_t lanes, const double* mean, const double* rstd, DownSums sums, bool stream,
                            bool far) {
@@ -363,6 +374,8 @@ template Strided zero<double>();
                                           double*);                                                                    \
     template bool backward_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&, \
                                    index_t, index_t, DownSums, bool, bool, bool, T*, T*);                              \
+    template bool backward_of_block<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided,                       \
+                                       const TileStatistics<T>&, index_t, index_t, Gradients, bool);                   \
     template index_t backward_in_eights<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, index_t, index_t, \
                                            const double*, const double*, DownSums, bool, bool);                        \
     template void moments_down<X>(const KernelPair<X>&, Strided, const T*, index_t, index_t, index_t, bool, bool,      \

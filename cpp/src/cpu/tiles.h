@@ -79,6 +79,11 @@ bool backward_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Str
                    const TileStatistics<Compute<X>>& s, index_t rows, index_t lanes, DownSums sums, bool stream,
                    bool far, bool center, Compute<X>* mean_g, Compute<X>* mean_g_xhat);
 
+// k.backward_of_block likewise.
+template <class X>
+bool backward_of_block(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx,
+                       const TileStatistics<Compute<X>>& s, index_t rows, index_t lanes, Gradients to, bool stream);
+
 // One leaf of one set: s.row = s.lane = 0.
 template <class X>
 Sums sums_along(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const TileStatistics<Compute<X>>& s,
