@@ -286,10 +286,9 @@ def test_same_bits_wherever_x_and_parameters_lie(rng, norm, lanes, dtype):
 def test_gradients_of_few_long_rows(rng, rows, lanes, dtype):
     """What so few rows add up to goes straight to the gradients, on lines or beside them, in the gradients' dtype."""
     dtype = np.dtype(dtype)
-    weight, bias = (random(rng, (lanes,), dtype=dtype.name) for _ in range(2))
     whole = [random(rng, (rows * lanes + 64,), dtype=dtype.name) for _ in range(2)]
 
-    def results(past, grad_dtype, needs=("x", "weight", "bias")):
+    def results(weight, past, grad_dtype, needs=("x", "weight", "bias")):
         """Of the same numbers, and into a result, that begin so many elements past a line."""
         arrays = []
         for array in (*whole, whole[0]):
@@ -299,18 +298,21 @@ def test_gradients_of_few_long_rows(rng, rows, lanes, dtype):
             placed[...] = array[: rows * lanes].reshape(rows, lanes)
             arrays.append(placed)
         x, dy, dx = arrays
-        _, mean, rstd = nk.layer_norm_forward(x, (lanes,), weight, bias)
+        _, mean, rstd = nk.layer_norm_forward(x, (lanes,), weight, weight)
         out = dx if "x" in needs else None
         return nk.layer_norm_backward(dy, x, mean, rstd, (lanes,), weight, needs=needs, grad_dtype=grad_dtype, out=out)
 
-    for grad_dtype in (None, np.float64):
+    for of, grad_dtype in product(dict.fromkeys((dtype.name, "float32")), (None, np.float32, np.float64)):
+        if dtype == np.float64 and (of, grad_dtype) != ("float64", None):
+            continue
+        weight = random(rng, (lanes,), dtype=of)
         with _debug.force(isa=_debug.isas()[0], threads=1, stream=False, split=True):
-            expected = results(0, grad_dtype)
+            expected = results(weight, 0, grad_dtype)
         for isa, threads, stream, past in product(_debug.isas(), (1, 3), (False, True), (0, 4, 5)):
             with _debug.force(isa=isa, threads=threads, stream=stream):
-                same(results(past, grad_dtype), expected)
-                same(results(past, grad_dtype, ("x", "bias"))[::2], expected[::2])
-                same(results(past, grad_dtype, ("weight",))[1:2], expected[1:2])
+                same(results(weight, past, grad_dtype), expected)
+                same(results(weight, past, grad_dtype, ("x", "bias"))[::2], expected[::2])
+                same(results(weight, past, grad_dtype, ("weight",))[1:2], expected[1:2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

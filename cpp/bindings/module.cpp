@@ -422,7 +422,7 @@ void py_force(py::handle isa_object, int split, int resident, int stream, int by
         name = find_isa(isa);
         if (!name) throw py::value_error("isa must be one of normkit._core.isas(), got '" + isa + "'");
     }
-    this_thread_choices() = {split, resident, stream, by_row, by_sample, name};
+    this_thread_choices() = {split, resident, stream, by_row, name, by_sample};
 }
 
 py::dict py_last_path() {

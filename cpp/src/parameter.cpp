@@ -1,5 +1,6 @@
 #include "parameter.h"
 
+#include "cpu/kernels.h"
 #include "dtype.h"
 
 namespace normkit {
@@ -17,6 +18,13 @@ void convert(const char* from, const Tiles& tiles, Operand operand, T* to) {
         const Tiles::Tile tile = tiles[i];
         for (index_t r = 0; r < tile.rows; ++r) {
             const char* p = from + tile.at[operand] + r * row;
+            if constexpr (std::is_same_v<T, Compute<X>>) {
+                if (lane == index_t{sizeof(X)}) {
+                    cpu::kernels_of<X>(cpu::isa_in_force()).widen(p, tile.lanes, to);
+                    to += tile.lanes;
+                    continue;
+                }
+            }
             for (index_t l = 0; l < tile.lanes; ++l) *to++ = static_cast<T>(to_double(read<X>(p + l * lane)));
         }
     }

@@ -215,8 +215,9 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
         s.split = !s.resident;
         const index_t samples = plan.kept.size();
         s.samples = std::max(index_t{1}, kTogether / std::max(index_t{1}, plan.total / samples * arrays * element));
-        s.by_sample = !s.resident && choose(forced.by_sample, !given && samples >= kLeastTurns * s.samples);
-        if (forced.by_sample == 1) s.samples = 1;
+        // Forced, in some turns too, of more than one sample if there are so many.
+        if (forced.by_sample == 1) s.samples = (samples + kLeastTurns - 1) / kLeastTurns;
+        s.by_sample = !s.resident && !given && choose(forced.by_sample, write && samples >= kLeastTurns * s.samples);
         if (!s.by_sample) s.samples = samples;
     }
     const index_t all = plan.total * element * (arrays + (write ? 1 : 0));

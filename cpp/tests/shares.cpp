@@ -1,6 +1,6 @@
 // How pieces of work are shared out: each is done once, whatever the number of threads; one thread takes them in order;
-// and several, each with a piece of its own, come to the same pieces in every loop, in either order. Built with and
-// without OpenMP.
+// and several, each with a piece of its own, come to the same pieces in every loop, in either order. And loops too
+// short to ask whether to give up ask together, where they are one call. Built with and without OpenMP.
 
 #include <atomic>
 #include <chrono>
@@ -56,6 +56,22 @@ std::vector<std::thread::id> who(int threads, Order order) {
     return ids;
 }
 
+// Whether a call of many loops, each of 5 ms, is interrupted.
+bool gives_up_between_loops(int threads) {
+    normkit::this_thread_should_stop() = [] { return true; };
+    bool interrupted = false;
+    try {
+        const normkit::cpu::OneCall all;
+        for (int loop = 0; loop < 100; ++loop) {
+            parallel_for(threads, threads, [](index_t) { std::this_thread::sleep_for(std::chrono::milliseconds(5)); });
+        }
+    } catch (const normkit::Interrupted&) {
+        interrupted = true;
+    }
+    normkit::this_thread_should_stop() = nullptr;
+    return interrupted;
+}
+
 }  // namespace
 
 int main() {
@@ -73,6 +89,7 @@ int main() {
         }
         expect(in_order(order), "one thread, out of order", 10, 1);
     }
+    for (const int threads : {1, 2}) expect(gives_up_between_loops(threads), "not interrupted", threads, threads);
     for (const int threads : {2, 3, 4}) {
         const std::vector<std::thread::id> first = who(threads, Order::forwards);
         const std::vector<std::thread::id> second = first.empty() ? first : who(threads, Order::forwards);

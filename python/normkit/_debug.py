@@ -81,7 +81,7 @@ def force(
     by_row : bool, optional
         The sums of one set beside the writing of another, where kernels can do that; of short rows, eight at a time.
     by_sample : bool, optional
-        Two sweeps down the rows: of one sample after another (True), or of all together (False).
+        Two sweeps down the rows: of some samples before those of the next (True), or of all together (False).
     """
     wanted: dict[str, Any] = {
         "isa": isa,

@@ -130,8 +130,8 @@ struct Choices {                // -1: as the schedule sees fit; 0: no; 1: yes
     int resident = -1;          // moments and apply on one unit while it is in cache
     int stream = -1;            // non-temporal stores, and asking for what is read next
     int by_row = -1;            // the sums of one set beside the writing of another
-    int by_sample = -1;         // two sweeps, of one sample after another
     const char* isa = nullptr;  // a name of available_isas(), with static lifetime
+    int by_sample = -1;         // two sweeps, of some samples before those of the next
 };
 struct Path {  // what the last call of this thread did
     const char* walk = "";

@@ -33,6 +33,7 @@ constexpr Kernels<X> table() {
         {{backward_down<X, false, false>, backward_down<X, false, true>},
          {backward_down<X, true, false>, backward_down<X, true, true>}},
         backward_of_block<X>,
+        widen<X>,
         narrow<Compute<X>>,
         copy<X>,
     };

@@ -244,6 +244,9 @@ struct Kernels {
     void (*backward_of_block)(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, Gradients to,
                               bool stream);
 
+    // n elements that follow each other, as T.
+    void (*widen)(const char* from, index_t n, T* to);
+
     // n doubles, each rounded to the nearest number of T. stream: past the caches.
     void (*narrow)(const double* from, index_t n, char* to, bool stream);
 

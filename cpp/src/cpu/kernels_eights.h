@@ -137,11 +137,11 @@ index_t forward_in_eights_as(const ForwardEights<Compute<X>>& of) {
 
     const char *x_next = all.x.p, *x_now = x_next, *x_last = x_next, *w = all.w.p, *b = all.b.p;
     char* y = all.y.p;
-    // Rms norm has a third row in hand when it asks.
+    // On a Zen 5 rms norm asks further ahead than layer norm: 4096 x 1000 and 1023 1.05.
     const auto ask_ahead = [&](const char* x) NK_INLINE_LAMBDA {
         if (!all.far) return;
-        constexpr index_t kOf = Center ? kAhead : kAhead * 3 / 2;
-        for (index_t at = 0; at < lanes; at += kTurn) ask_for_turn<X>(x, at, kOf);
+        const index_t ahead = Center || !ahead_to_l1 ? kAhead : kAhead * 3 / 2;
+        for (index_t at = 0; at < lanes; at += kTurn) ask_for_turn<X>(x, at, ahead);
     };
     const auto add_up = [&](int j) NK_INLINE_LAMBDA {
         ask_ahead(x_next);

@@ -63,6 +63,7 @@ struct Watch {
 };
 thread_local Watch* watch = nullptr;
 thread_local bool asks = false;
+thread_local OneCall* one_call = nullptr;
 
 // Sets this thread's watch while pieces are worked on. They nest: whoever is asked may call normkit before answering.
 class Watching {
@@ -192,6 +193,9 @@ class Team {
 
 }  // namespace
 
+OneCall::OneCall() : asked(Clock::now()), outer_(one_call) { one_call = this; }
+OneCall::~OneCall() { one_call = outer_; }
+
 bool gives_up() {
     if (!watch) return false;
     if (watch->stop.load(std::memory_order_relaxed)) return true;
@@ -213,6 +217,7 @@ void run_pieces(index_t pieces, int threads, Order order, PieceFunction piece, c
     threads = 1;
 #endif
     Watch shared{should_stop};
+    if (one_call) shared.asked = one_call->asked;
     Watch* const watched = should_stop ? &shared : nullptr;
     if (threads <= 1) {
         const Watching watching(watched, true);
@@ -237,6 +242,7 @@ void run_pieces(index_t pieces, int threads, Order order, PieceFunction piece, c
         }
     }
 #endif
+    if (one_call) one_call->asked = shared.asked;
     if (shared.stop) throw Interrupted();
 }
 

@@ -1,6 +1,8 @@
 // The only file that knows OpenMP: numbered pieces of work, shared out among threads.
 #pragma once
 
+#include <chrono>
+
 #include "normkit/normkit.h"
 
 namespace normkit::cpu {
@@ -26,6 +28,18 @@ template <class F>
 void parallel_for(index_t pieces, int threads, const F& f) {
     parallel_for(pieces, threads, Order::forwards, f);
 }
+
+// While it lives, this thread's loops are one long call: none of them may be long enough to ask whether to give up, so
+// the time since the last question goes on from one to the next.
+class OneCall {
+  public:
+    OneCall();
+    ~OneCall();
+    std::chrono::steady_clock::time_point asked;
+
+  private:
+    OneCall* const outer_;
+};
 
 // Whether the operation in progress is to be given up: for pieces that may be long. Costs about as much as reading a
 // clock.
