@@ -88,7 +88,7 @@ std::atomic<const Isa*>& chosen() {
 
 }  // namespace
 
-extern const bool ahead_to_l1 = asks_l1();
+const bool ahead_to_l1 = asks_l1();
 
 const Isa& isa_in_force() {
     const char* forced = this_thread_choices().isa;

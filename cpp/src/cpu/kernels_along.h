@@ -1492,11 +1492,11 @@ class ShortDownSums {
 // What becomes of the sums down the lanes: they are not wanted, kept for the rows that follow, or, at the last row of
 // all, given as they are to the gradients of w and b (each: if it is wanted).
 enum class Down { none, kept, given };
+struct NotGiven {};
 
 // dx of a row, a few vectors at a time, and dy and dy * xhat added to what earlier rows have left; `first`: there are
 // none. Sums that are kept are whole vectors: lanes beside those of a part have 0 added, and what comes beyond the
 // row's last is never looked at.
-struct NotGiven {};
 template <class X, Down Add, Stores How>
 struct WritingDx : std::conditional_t<Add == Down::given, Gradients, NotGiven> {
     static_assert(Add != Down::given || How != Stores::joined);
