@@ -100,6 +100,7 @@ Part part_of(const Units& units, index_t parts, index_t i) {
 template <class F>
 void for_samples(const Plan& plan, const Units& units, const Schedule& schedule, F f) {
     const index_t samples = plan.kept.size();
+    if (schedule.samples >= samples) return f(0, units.count());
     const OneCall all;
     for (index_t sample = 0, n; sample < samples; sample += n) {
         n = std::min(samples - sample, schedule.samples);

@@ -61,6 +61,7 @@ constexpr index_t kLine = 64;  // bytes of a cache line
 
 // Whether what is read next is best asked for to L1, and not to L2 (docs/decisions/0002-schedule.md, "To which cache").
 extern const bool ahead_to_l1;
+
 NORMKIT_HOST_DEVICE bool on_line(const char* p) { return reinterpret_cast<std::uintptr_t>(p) % kLine == 0; }
 template <class P>
 NORMKIT_HOST_DEVICE bool on_lines(Rows<P> a) {

@@ -143,7 +143,7 @@ constexpr bool kAboutOrigin = std::is_same_v<X, double>;
 // Asks for the lines of a turn.
 template <class X, bool ToL1>
 NK_INLINE void ask_for_turn(const char* p) {
-    for (index_t line = 0; line < bytes<X>(kTurn); line += kLine) __builtin_prefetch(p + line, 0, ToL1 ? 3 : 2);
+    for (index_t line = 0; line < bytes<X>(kTurn); line += kLine) prefetch<ToL1>(p + line);
 }
 // Of the one that lies some way ahead in memory: of the next row, or of a later set at the end of one. Two operands are
 // asked for less far each, if it is to L1, which has room for as much (docs/decisions/0002-schedule.md, "To which

@@ -15,13 +15,18 @@ constexpr bool kCanJoin = true;
 constexpr bool kCanJoin = false;
 #endif
 
+template <bool ToL1>
+NK_INLINE void prefetch(const char* p) {
+    __builtin_prefetch(p, 0, ToL1 ? 3 : 2);
+}
+
 // Asks for a cache line to come to L2: what is read so much later that L1 would have lost it.
-NK_INLINE void prefetch_far(const char* p) { __builtin_prefetch(p, 0, 2); }
+NK_INLINE void prefetch_far(const char* p) { prefetch<false>(p); }
 
 // For what is read soon: to L1, on cores that can wait for enough lines there.
 NK_INLINE void prefetch_near(const char* p) {
     if (ahead_to_l1) {
-        __builtin_prefetch(p, 0, 3);
+        prefetch<true>(p);
     } else {
         prefetch_far(p);
     }
