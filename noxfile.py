@@ -52,7 +52,7 @@ def lint(session):
 def tests(session):
     """Run the tests on an installed wheel."""
     install(session, "test")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "auto", *session.posargs)
 
 
 @nox.session
@@ -62,6 +62,7 @@ def sanitize(session):
     NORMKIT_SANITIZE_ISA names the one instruction set whose kernels are sanitized: fewer take as long to compile.
     """
     session.install(
+        "--config-settings=build-dir=build/sanitize",
         "--config-settings=cmake.define.NORMKIT_SANITIZE=address,undefined",
         f"--config-settings=cmake.define.NORMKIT_SANITIZE_ISA={os.environ.get('NORMKIT_SANITIZE_ISA', '')}",
         "--config-settings=install.strip=false",
@@ -84,7 +85,8 @@ def sanitize(session):
     # Findings are written to the file descriptor, which pytest would otherwise take along when the process ends.
     # A child forked while another thread allocates finds GCC's AddressSanitizer's allocator locked: no tests of forks.
     # Nor of the stack that a call needs, which is several times as much here.
-    session.run("pytest", "--capture=sys", "-k", "not fork and not the_stack", *session.posargs, env=environment)
+    chosen = ["-n", "auto", "--capture=sys", "-k", "not fork and not the_stack"]
+    session.run("pytest", *chosen, *session.posargs, env=environment)
 
 
 @nox.session
@@ -117,7 +119,7 @@ def wheel(session):
     session.log(f"{repaired.name}: {repaired.stat().st_size / 1e6:.1f} MB")
     session.install(f"normkit[test] @ {repaired.as_uri()}")
     session.run("python", "-c", INSTALLED)
-    session.run("pytest", *(session.posargs or ["tests/test_errors.py", "tests/test_threads.py"]))
+    session.run("pytest", "-n", "auto", *(session.posargs or ["tests/test_errors.py", "tests/test_threads.py"]))
 
 
 def check_wheel(session, path):

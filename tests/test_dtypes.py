@@ -90,6 +90,30 @@ def test_large_parameters(rng, dtype, memory):
             bounds.assert_same_bits(gradients[0], others[0])
 
 
+@pytest.mark.parametrize("isa", _debug.isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_long_rows_with_parameters_to_convert(rng, dtype, isa):
+    """More parameters than are converted beforehand, one to an element of a row: the bits are those of one
+    conversion."""
+    n = 70_001
+    assert n > 65536
+    for rows, norm in product((1, 3), ("layer", "rms")):
+        case = Case(norm, (rows, n), {"normalized_shape": (n,)}, dtype=dtype)
+        x, dy = case.random(rng, 1e2), case.random(rng)
+        for dtypes in parameter_dtypes(dtype):
+            weight, bias = case.parameters(rng, dtypes=dtypes)
+            converted = [None if a is None else a.astype(compute_dtype(dtype)) for a in (weight, bias)]
+            with _debug.force(isa=isa):
+                y, mean, rstd = case.forward(x, weight, bias, eps=EPS)
+                gradients = case.backward(dy, x, mean, rstd, weight)
+            bounds.assert_same_bits(y, case.plain(x, *converted, eps=EPS))
+            others = case.backward(dy, x, mean, rstd, converted[0], grad_dtype=np.float64)
+            for a, b in zip(gradients, others):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    bounds.assert_same_bits(a, b.astype(a.dtype))
+
+
 PEAK = """
 import resource
 import ml_dtypes
@@ -184,6 +208,38 @@ def test_many_elements_of_a_channel(dtype, channel_axis):
         assert np.isinf(expected).all() == (grad_dtype is None and dtype == "float16")
         for gradient in gradients:
             bounds.assert_same_bits(gradient, expected)
+
+
+def rounded(v, dtype):
+    """Numbers of float64 to the nearest of `dtype`, ties to even."""
+    info = ml_dtypes.finfo(dtype)
+    exponent = np.maximum(np.frexp(np.abs(v))[1] - 1, info.minexp)
+    nearest = np.ldexp(np.rint(np.ldexp(v, info.nmant - exponent)), exponent - info.nmant)
+    with np.errstate(over="ignore"):
+        return nearest.astype(dtype)
+
+
+@pytest.mark.parametrize("isa", _debug.isas())
+@pytest.mark.parametrize("dtype", HALVES)
+def test_sums_of_blocks_are_rounded_once(dtype, isa):
+    """Sums halfway between two numbers of 16 bits, and so close to that that float32 would not see the difference."""
+    normal = finite_patterns(dtype)
+    normal = normal[np.abs(normal.astype(np.float64)) >= 2.0**-12].astype(np.float64)
+    half = np.ldexp(1.0, np.frexp(normal)[1] - 2 - ml_dtypes.finfo(dtype).nmant)
+    rows = np.zeros((33, 3, len(normal)), dtype)  # of three blocks: float32 adds up each, float64 the blocks
+    rows[0], rows[16] = normal, half
+    rows[32] = np.array([[-1], [0], [1]]) * 2.0**-24
+    dy = rows.reshape(33, -1)
+    sums = rows.astype(np.float64).sum(axis=0).ravel()
+    expected = rounded(sums, dtype)
+    with np.errstate(over="ignore"):
+        by_way_of_float32 = sums.astype(np.float32).astype(dtype)
+    assert (expected != by_way_of_float32).sum() > 1000
+    weight = np.ones(dy.shape[1], dtype)
+    mean, rstd = np.zeros(33), np.ones(33)
+    with _debug.force(isa=isa):
+        _, _, dbias = nk.layer_norm_backward(dy, np.zeros_like(dy), mean, rstd, dy.shape[1], weight)
+    bounds.assert_same_bits(dbias, expected)
 
 
 # --- conversions ----------------------------------------------------------------------------------------------------

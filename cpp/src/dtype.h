@@ -77,9 +77,23 @@ inline double to_double(float16 v) {
 inline void from_double(double v, double* out) { *out = v; }
 inline void from_double(double v, float* out) { *out = static_cast<float>(v); }
 
+// Bits of the fraction, and the exponents of normal numbers.
+template <class X>
+struct Format;
+template <>
+struct Format<float16> {
+    static constexpr int kFraction = 10, kLeastExponent = -14, kMostExponent = 15;
+};
+template <>
+struct Format<bfloat16> {
+    static constexpr int kFraction = 7, kLeastExponent = -126, kMostExponent = 127;
+};
+
 // A double is taken to 16 bits at once, not by way of a float: two roundings are not one.
-template <int kFraction, int kLeastExponent, int kMostExponent>
+template <class X>
 NORMKIT_HOST_DEVICE std::uint16_t rounded_to_16_bits(double v) {
+    constexpr int kFraction = Format<X>::kFraction, kLeastExponent = Format<X>::kLeastExponent,
+                  kMostExponent = Format<X>::kMostExponent;
     std::uint64_t bits;
     std::memcpy(&bits, &v, sizeof bits);
     const std::uint16_t sign = static_cast<std::uint16_t>(bits >> 48 & 0x8000);
@@ -100,8 +114,8 @@ NORMKIT_HOST_DEVICE std::uint16_t rounded_to_16_bits(double v) {
     if (exponent >= kLeastExponent) kept += std::uint64_t(exponent - kLeastExponent) << kFraction;
     return static_cast<std::uint16_t>(sign | kept);
 }
-inline void from_double(double v, float16* out) { out->bits = rounded_to_16_bits<10, -14, 15>(v); }
-inline void from_double(double v, bfloat16* out) { out->bits = rounded_to_16_bits<7, -126, 127>(v); }
+inline void from_double(double v, float16* out) { out->bits = rounded_to_16_bits<float16>(v); }
+inline void from_double(double v, bfloat16* out) { out->bits = rounded_to_16_bits<bfloat16>(v); }
 
 template <class X>
 X read(const char* p) {

@@ -1,6 +1,6 @@
 #include "parameter.h"
 
-#include "cpu/kernels.h"
+#include "cpu/tiles.h"
 #include "dtype.h"
 
 namespace normkit {
@@ -11,22 +11,14 @@ constexpr index_t kFew = 64 * 1024;
 
 bool varies(const Axis& a, Operand operand) { return a.extent > 1 && a.stride[operand] != 0; }
 
-template <class X, class T>
-void convert(const char* from, const Tiles& tiles, Operand operand, T* to) {
-    const index_t row = tiles.rows.stride[operand], lane = tiles.lanes.stride[operand];
+template <class T>
+void convert(const char* from, Dtype dtype, const Tiles& tiles, Operand operand, T* to) {
     for (index_t i = 0; i < tiles.count(); ++i) {
         const Tiles::Tile tile = tiles[i];
-        for (index_t r = 0; r < tile.rows; ++r) {
-            const char* p = from + tile.at[operand] + r * row;
-            if constexpr (std::is_same_v<T, Compute<X>>) {
-                if (lane == index_t{sizeof(X)}) {
-                    cpu::kernels_of<X>(cpu::isa_in_force()).widen(p, tile.lanes, to);
-                    to += tile.lanes;
-                    continue;
-                }
-            }
-            for (index_t l = 0; l < tile.lanes; ++l) *to++ = static_cast<T>(to_double(read<X>(p + l * lane)));
-        }
+        cpu::fetch(cpu::isa_in_force(),
+                   {from + tile.at[operand], tiles.rows.stride[operand], tiles.lanes.stride[operand], dtype}, tile.rows,
+                   tile.lanes, to);
+        to += tile.rows * tile.lanes;
     }
 }
 
@@ -46,10 +38,7 @@ Parameter::Parameter(const View& v, const View& x, Operand operand, Problem* pro
     dtype = arithmetic_of(x.dtype);
     converted_.reset(new char[count * size_of(dtype)]);
     with_dtype(x.dtype, [&](auto of_x) {
-        using T = Compute<decltype(of_x)>;
-        with_dtype(own, [&](auto element) {
-            convert<decltype(element)>(data, tiles, operand, reinterpret_cast<T*>(converted_.get()));
-        });
+        convert(data, own, tiles, operand, reinterpret_cast<Compute<decltype(of_x)>*>(converted_.get()));
     });
     data = converted_.get();
     index_t next = size_of(dtype);

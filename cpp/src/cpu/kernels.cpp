@@ -34,7 +34,7 @@ constexpr Kernels<X> table() {
          {backward_down<X, true, false>, backward_down<X, true, true>}},
         backward_of_block<X>,
         widen<X>,
-        narrow<Compute<X>>,
+        narrow<X>,
         copy<X>,
     };
 }

@@ -248,7 +248,7 @@ struct Kernels {
     // n elements that follow each other, as T.
     void (*widen)(const char* from, index_t n, T* to);
 
-    // n doubles, each rounded to the nearest number of T. stream: past the caches.
+    // n doubles, each rounded once, to the nearest number of X. stream: past the caches, if that is as wide as T.
     void (*narrow)(const double* from, index_t n, char* to, bool stream);
 
     // y = x: the yardstick of the benchmarks.

@@ -1662,12 +1662,30 @@ NK_INLINE void narrow_all(const double* from, index_t n, char* to) {
     });
 }
 
-template <class T>
+template <class X>
+NK_INLINE void narrow_to_16_bits(const double* from, index_t n, char* to) {
+    for_vectors<double>(n, 0, [=](index_t i, int count) NK_INLINE_LAMBDA {
+        const char* const p = reinterpret_cast<const char*>(from + i);
+        const Narrow v = rounded_to_16_bits<X>(load_rest<double>(p, count));
+        if (count == kWidth<double>) {
+            __builtin_memcpy(to + bytes<X>(i), &v, sizeof v);
+        } else {
+            for (int lane = 0; lane < count; ++lane) {
+                const std::uint16_t one = v[lane];
+                __builtin_memcpy(to + bytes<X>(i + lane), &one, sizeof one);
+            }
+        }
+    });
+}
+
+template <class X>
 void narrow(const double* from, index_t n, char* to, bool stream) {
-    if (stream && reinterpret_cast<std::uintptr_t>(to) % sizeof(T) == 0) {
-        narrow_all<T, true>(from, n, to);
+    if constexpr (sizeof(X) == sizeof(Narrow{}[0])) {
+        narrow_to_16_bits<X>(from, n, to);  // too few bytes for stores past the caches to matter
+    } else if (stream && reinterpret_cast<std::uintptr_t>(to) % sizeof(X) == 0) {
+        narrow_all<X, true>(from, n, to);
     } else {
-        narrow_all<T, false>(from, n, to);
+        narrow_all<X, false>(from, n, to);
     }
 }
 

@@ -380,6 +380,32 @@ NK_INLINE Widened<Compute<X>> load_widened(const char* p) {
     return widened<Compute<X>>(load<X>(p));
 }
 
+// Doubles to 16 bits in one rounding, as rounded_to_16_bits of one number: what lies below the last bit that is kept is
+// rounded by an addition; below the least normal number the sum with a power of two, whose last place is that of a
+// subnormal number, does it.
+typedef std::uint16_t Narrow __attribute__((vector_size(kVectorBytes / sizeof(double) * sizeof(std::uint16_t))));
+template <class X>
+NK_INLINE Narrow rounded_to_16_bits(Vec<double> v) {
+    using Format = normkit::Format<X>;
+    typedef std::int64_t Integers __attribute__((vector_size(kVectorBytes)));
+    constexpr int kDrop = 52 - Format::kFraction;
+    constexpr std::int64_t kOne = std::int64_t{1} << 52;  // of the exponent, whose bias is 1023
+    constexpr auto power = [](int exponent) { return (exponent + 1023) * kOne; };
+    constexpr std::int64_t kFirst = power(Format::kLeastExponent - Format::kFraction + 52);
+    constexpr std::int64_t kInfinity = std::int64_t{Format::kMostExponent - Format::kLeastExponent + 2}
+                                       << Format::kFraction;
+    const Integers bits = (Integers)v, magnitude = bits & ~(std::int64_t{1} << 63);
+    const Integers first = Integers{} + kFirst;
+    const Integers normal = (magnitude - power(Format::kLeastExponent - 1) + ((std::int64_t{1} << (kDrop - 1)) - 1) +
+                             (magnitude >> kDrop & 1)) >>
+                            kDrop;
+    const Integers subnormal = (Integers)((Vec<double>)magnitude + (Vec<double>)first) - kFirst;
+    const Integers finite = magnitude < power(Format::kLeastExponent) ? subnormal : normal;
+    const Integers number = magnitude >= power(Format::kMostExponent + 1) ? Integers{} + kInfinity : finite;
+    const Integers any = magnitude > power(1024) ? Integers{} + (kInfinity | 1 << (Format::kFraction - 1)) : number;
+    return __builtin_convertvector(any | (bits >> 48 & 0x8000), Narrow);
+}
+
 // Additions by the units that multiply. Zen 4 has two that add, which convert and subtract as well, and two that
 // multiply and add in one; v * 1 + sum is sum + v to the bit. Sums of doubles that were floats take 0.8 of the time so.
 template <class T>

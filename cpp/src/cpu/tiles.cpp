@@ -121,6 +121,45 @@ void gather(Strided from, index_t rows, index_t lanes, E* to) {
     });
 }
 
+template <class T>
+void fetch(const Isa& isa, Strided from, index_t rows, index_t lanes, T* to) {
+    const bool by_kernel = with_dtype(from.dtype, [&](auto element) {
+        using X = decltype(element);
+        if (std::is_same_v<X, T> || from.lane != index_t{sizeof(X)}) return false;
+        for (index_t r = 0; r < rows; ++r, to += lanes) {
+            if constexpr (std::is_same_v<X, double>) {
+                kernels_of<T>(isa).narrow(reinterpret_cast<const double*>(from.at(r, 0)), lanes,
+                                          reinterpret_cast<char*>(to), false);
+            } else if constexpr (std::is_same_v<T, Compute<X>>) {
+                kernels_of<X>(isa).widen(from.at(r, 0), lanes, to);
+            } else {
+                gather({from.at(r, 0), 0, from.lane, from.dtype}, 1, lanes, to);
+            }
+        }
+        return true;
+    });
+    if (!by_kernel) gather(from, rows, lanes, to);
+}
+
+namespace {
+
+// Where parameters of one a lane are all that has to be fetched: f(l, n, w, b) with those of n lanes at a time.
+template <class T, class F>
+void with_parameters(const Isa& isa, const Strided& w, const Strided& b, index_t lanes, F f) {
+    constexpr index_t kMost = kPatchRows * kPatchLanes;
+    Patch<T> pw, pb;
+    const auto fetched = [&](const Strided& from, index_t l, index_t n, T* to) -> Strided {
+        fetch(isa, shifted(from, 0, l), 1, n, to);
+        return {reinterpret_cast<const char*>(to), 0, sizeof(T), kDtype<T>};
+    };
+    for (index_t l = 0; l < lanes; l += kMost) {
+        const index_t n = lanes - l < kMost ? lanes - l : kMost;
+        f(l, n, fetched(w, l, n, pw), fetched(b, l, n, pb));
+    }
+}
+
+}  // namespace
+
 template <class X>
 void apply(const KernelPair<X>& k, Strided x, Strided y, Strided w, Strided b, const TileStatistics<Compute<X>>& s,
            index_t rows, index_t lanes, bool stream) {
@@ -144,6 +183,13 @@ void apply(const KernelPair<X>& k, Strided x, Strided y, Strided w, Strided b, c
             }
             return;
         }
+        if (w.row == 0 && b.row == 0) {
+            with_parameters<T>(k.isa, w, b, lanes, [&](index_t l, index_t n, const Strided& pw, const Strided& pb) {
+                kernel[1](in(shifted(x, 0, l)), out_of(shifted(y, 0, l)), in(pw), in(pb), shifted(s, 0, l), rows, n,
+                          stream);
+            });
+            return;
+        }
     }
     // Parameters that are one a row are gathered as such.
     const bool one_a_row = lanes == 1 || (w.lane == 0 && b.lane == 0);
@@ -152,10 +198,10 @@ void apply(const KernelPair<X>& k, Strided x, Strided y, Strided w, Strided b, c
         Patch<T> px, py, pw, pb;
         const TileStatistics<T> ps = shifted(s, r, l);
         const index_t n_of_row = one_a_row ? 1 : n;
-        gather(shifted(x, r, l), n_rows, n, px);
+        fetch(k.isa, shifted(x, r, l), n_rows, n, px);
         multiply(ps, n_rows, n, px);
-        gather(shifted(w, r, l), n_rows, n_of_row, pw);
-        gather(shifted(b, r, l), n_rows, n_of_row, pb);
+        fetch(k.isa, shifted(w, r, l), n_rows, n_of_row, pw);
+        fetch(k.isa, shifted(b, r, l), n_rows, n_of_row, pb);
         packed_kernel(packed(px, n), {reinterpret_cast<char*>(py), n * static_cast<index_t>(sizeof(T))},
                       packed(pw, n_of_row), packed(pb, n_of_row), ps, n_rows, n, false);
         scatter<X>(py, n_rows, n, shifted(y, r, l));
@@ -166,23 +212,32 @@ template <class X>
 void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx, const TileStatistics<Compute<X>>& s,
               index_t rows, index_t lanes, DownSums sums, bool stream) {
     using T = Compute<X>;
-    if (!s.scale && contiguous<X>(dy, lanes) && contiguous<X>(x, lanes) && contiguous<X>(dx, lanes) &&
-        (per_row<T>(w, lanes) || contiguous<T>(w, lanes))) {
-        const bool w_lane = !per_row<T>(w, lanes);
-        if (!sums.g && s.lane == 0) {
-            k.direct.dx_along[w_lane](in(dy), in(x), in(w), out_of(dx), s, rows, lanes, stream);
-        } else {
-            k.direct.backward_down[s.lane][w_lane](in(dy), in(x), in(w), out_of(dx), s, rows, lanes, sums, stream);
+    if (!s.scale && contiguous<X>(dy, lanes) && contiguous<X>(x, lanes) && contiguous<X>(dx, lanes)) {
+        if (per_row<T>(w, lanes) || contiguous<T>(w, lanes)) {
+            const bool w_lane = !per_row<T>(w, lanes);
+            if (!sums.g && s.lane == 0) {
+                k.direct.dx_along[w_lane](in(dy), in(x), in(w), out_of(dx), s, rows, lanes, stream);
+            } else {
+                k.direct.backward_down[s.lane][w_lane](in(dy), in(x), in(w), out_of(dx), s, rows, lanes, sums, stream);
+            }
+            return;
         }
-        return;
+        if (w.row == 0) {
+            with_parameters<T>(k.isa, w, zero<T>(), lanes,
+                               [&](index_t l, index_t n, const Strided& pw, const Strided&) {
+                                   backward(k, shifted(dy, 0, l), shifted(x, 0, l), pw, shifted(dx, 0, l),
+                                            shifted(s, 0, l), rows, n, sums.at(l), stream);
+                               });
+            return;
+        }
     }
     for_patches(rows, lanes, [&](index_t r, index_t l, index_t n_rows, index_t n) {
         Patch<T> pdy, px, pw, pdx;
         const TileStatistics<T> ps = shifted(s, r, l);
-        gather(shifted(dy, r, l), n_rows, n, pdy);
-        gather(shifted(x, r, l), n_rows, n, px);
+        fetch(k.isa, shifted(dy, r, l), n_rows, n, pdy);
+        fetch(k.isa, shifted(x, r, l), n_rows, n, px);
         multiply(ps, n_rows, n, px);
-        gather(shifted(w, r, l), n_rows, n, pw);
+        fetch(k.isa, shifted(w, r, l), n_rows, n, pw);
         const Out to = {dx.p ? reinterpret_cast<char*>(pdx) : nullptr, n * static_cast<index_t>(sizeof(T))};
         k.packed.backward_down[s.lane][1](packed(pdy, n), packed(px, n), packed(pw, n), to, ps, n_rows, n, sums.at(l),
                                           false);
@@ -260,10 +315,16 @@ Sums sums_along(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const 
         return sums;
     }
     T pdy[kLeafLanes], px[kLeafLanes], pw[kLeafLanes];
-    gather(dy, rows, lanes, pdy);
-    gather(x, rows, lanes, px);
+    if (!s.scale && contiguous<X>(dy, lanes) && contiguous<X>(x, lanes)) {
+        fetch(k.isa, w, rows, lanes, pw);
+        const SumSeries one{in(dy), in(x), packed(pw, lanes), rows, lanes, 0, 0, 1};
+        k.direct.sums_along[1](&one, 1, s, far, &sums);
+        return sums;
+    }
+    fetch(k.isa, dy, rows, lanes, pdy);
+    fetch(k.isa, x, rows, lanes, px);
     multiply(s, rows, lanes, px);
-    gather(w, rows, lanes, pw);
+    fetch(k.isa, w, rows, lanes, pw);
     const SumSeries one{packed(pdy, lanes), packed(px, lanes), packed(pw, lanes), rows, lanes, 0, 0, 1};
     k.packed.sums_along[1](&one, 1, s, false, &sums);
     return sums;
@@ -302,7 +363,7 @@ void moments_along(const KernelPair<X>& k, const LeafSeries* series, index_t n, 
         LeafSeries one{packed(px, s->lanes), s->origin, s->rows, s->lanes, 0, 1};
         Strided x{s->x.p, s->x.row, lane, kDtype<X>};
         for (index_t i = 0; i < s->leaves; ++i, x.p += s->leaf, one.origin.p += s->origin.row) {
-            gather(x, s->rows, s->lanes, px);
+            fetch(k.isa, x, s->rows, s->lanes, px);
             k.packed.moments_along(&one, 1, center, false, out++);
         }
     }
@@ -344,7 +405,7 @@ void moments_down(const KernelPair<X>& k, Strided x, const Compute<X>* origin, i
         const index_t n_rows = rows - r < kLeafRows ? rows - r : kLeafRows;
         for (index_t l = 0; l < lanes; l += kPatchLanes) {
             const index_t n = lanes - l < kPatchLanes ? lanes - l : kPatchLanes;
-            gather(shifted(x, r, l), n_rows, n, px);
+            fetch(k.isa, shifted(x, r, l), n_rows, n, px);
             k.packed.moments_down(packed(px, n), origin ? origin + l : origin, n_rows, n, seen + r, center, false,
                                   mean + l, M2 + l);
         }
@@ -381,5 +442,7 @@ template Strided zero<double>();
     template void moments_down<X>(const KernelPair<X>&, Strided, const T*, index_t, index_t, index_t, bool, bool,      \
                                   double*, double*);
 NORMKIT_FOR_DTYPES(NORMKIT_INSTANTIATE)
+template void fetch<float>(const Isa&, Strided, index_t, index_t, float*);
+template void fetch<double>(const Isa&, Strided, index_t, index_t, double*);
 
 }  // namespace normkit::cpu

@@ -124,4 +124,8 @@ void moments_down(const KernelPair<X>& k, Strided x, const Compute<X>* origin, i
 template <class E>
 void gather(Strided from, index_t rows, index_t lanes, E* out);
 
+// The same to a type of arithmetic, by a kernel where one converts what follows each other.
+template <class T>
+void fetch(const Isa& isa, Strided from, index_t rows, index_t lanes, T* out);
+
 }  // namespace normkit::cpu

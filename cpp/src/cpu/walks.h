@@ -150,13 +150,13 @@ inline void write_doubles(char* to, Dtype dtype, index_t first, index_t stride, 
     });
 }
 
-// The same by a kernel, if there is one. stream: past the caches, if it can.
+// The same by a kernel, if they follow each other. stream: past the caches, if it can.
 inline void write_doubles(const Isa& isa, char* to, Dtype dtype, index_t first, index_t stride, index_t n,
                           const double* v, bool stream) {
-    if (!to || stride != 1 || dtype != arithmetic_of(dtype)) return write_doubles(to, dtype, first, stride, n, v);
+    if (!to || stride != 1) return write_doubles(to, dtype, first, stride, n, v);
     with_dtype(dtype, [&](auto element) {
-        using T = Compute<decltype(element)>;
-        kernels_of<T>(isa).narrow(v, n, to + first * index_t{sizeof(T)}, stream);
+        using E = decltype(element);
+        kernels_of<E>(isa).narrow(v, n, to + first * index_t{sizeof(E)}, stream);
     });
 }
 

@@ -140,8 +140,8 @@ NK_DEVICE void store_any(char* p, Dtype dtype, double v) {
     switch (dtype) {
         case Dtype::float64: Lanes<double>::store(p, v); break;
         case Dtype::float32: Lanes<float>::store(p, static_cast<float>(v)); break;
-        case Dtype::float16: *reinterpret_cast<std::uint16_t*>(p) = rounded_to_16_bits<10, -14, 15>(v); break;
-        default: *reinterpret_cast<std::uint16_t*>(p) = rounded_to_16_bits<7, -126, 127>(v);
+        case Dtype::float16: *reinterpret_cast<std::uint16_t*>(p) = rounded_to_16_bits<float16>(v); break;
+        default: *reinterpret_cast<std::uint16_t*>(p) = rounded_to_16_bits<bfloat16>(v);
     }
 }
 
