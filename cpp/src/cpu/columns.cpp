@@ -116,9 +116,7 @@ class LaneStatistics {
         : merge_(plan.merge.extent),
           storage_(plan.sets * merge_ * SetStatistics<T>::kArrays),
           lanes_(storage_.get(), plan.sets * merge_) {}
-    void put(index_t set, const Statistic& statistic) {
-        for (index_t l = set * merge_; l < (set + 1) * merge_; ++l) lanes_.put(l, statistic);
-    }
+    void put(index_t set, const Statistic& statistic) { lanes_.put(set * merge_, statistic, merge_); }
     // As SetStatistics.
     void put(index_t first, index_t n, const double* mean, const double* rstd, index_t step) {
         if (merge_ == 1) return lanes_.put(first, n, mean, rstd, step);
@@ -135,7 +133,7 @@ class LaneStatistics {
         put(u.outer * plan.lane.extent + u.first_set, u.sets, mean ? mean + at : nullptr, rstd + at, step);
     }
     void put_sums(index_t set, double mean_g, double mean_g_xhat) {
-        for (index_t l = set * merge_; l < (set + 1) * merge_; ++l) lanes_.put_sums(l, mean_g, mean_g_xhat);
+        lanes_.put_sums(set * merge_, mean_g, mean_g_xhat, merge_);
     }
     TileStatistics<T> of(index_t first_set, index_t lanes) const {
         return lanes_.tile(first_set * merge_, 0, 1, lanes);

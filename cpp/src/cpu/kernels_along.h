@@ -520,12 +520,13 @@ NK_INLINE Moments loose_leaf(In x, index_t rows, index_t lanes) {
 // other over time with it: group NCHW 1 x 128 x 512^2 1.3, 32 x 256 x 56^2 1.17, instance 2 x 32 x 64^3 1.28; in L3
 // 1.0. Other instruction sets have too few registers, and float64 has no conversions.
 enum class Leaf { about_zero, in_turn, overlapped, whole };
+constexpr bool kCanOverlap = kVectorBytes == 64;
 
 // overlaps: whether those of other than whole leaves should be, where there is a function for it (kAnyOverlapped).
 // docs/decisions/0002-schedule.md, "Squares beside the next mean".
 NK_INLINE Leaf leaf_of(const LeafSeries& s, bool center, bool overlaps) {
     if (!center || kLoose) return Leaf::about_zero;
-    if (kVectorBytes < 64) return Leaf::in_turn;
+    if (!kCanOverlap) return Leaf::in_turn;
     if (s.rows == 1 && s.leaves > 1 && s.lanes == kLeafLanes) return Leaf::whole;
     return overlaps ? Leaf::overlapped : Leaf::in_turn;
 }
@@ -585,9 +586,10 @@ class WholeLeaves {
     index_t left_;
 };
 
-// How any leaves are overlapped, where that is worth a function.
+// How any leaves are overlapped, where that is worth a function, and whole ones.
 template <class X>
-constexpr Leaf kAnyOverlapped = kVectorBytes == 64 && !kAboutOrigin<X> ? Leaf::overlapped : Leaf::in_turn;
+constexpr Leaf kAnyOverlapped = kCanOverlap && !kAboutOrigin<X> ? Leaf::overlapped : Leaf::in_turn;
+constexpr Leaf kWholeOverlapped = kCanOverlap ? Leaf::whole : Leaf::in_turn;
 
 template <Leaf How, class X>
 NK_INLINE auto leaves_of(const LeafSeries* series, index_t n) {
@@ -831,7 +833,7 @@ void moments_along(const LeafSeries* series, index_t n, bool center, bool far, M
         }
         const auto kernel = how == Leaf::about_zero ? moments_along_as<X, Leaf::about_zero>
                             : how == Leaf::in_turn  ? moments_along_as<X, Leaf::in_turn>
-                            : how == Leaf::whole    ? moments_along_as<X, Leaf::whole>
+                            : how == Leaf::whole    ? moments_along_as<X, kWholeOverlapped>
                                                     : moments_along_as<X, kAnyOverlapped<X>>;
         kernel(alike, m, center, far, to);
     });
@@ -1374,7 +1376,7 @@ NK_INLINE void moments_beside_as(const LeafSeries* series, index_t n, bool cente
     for_alike(series, n, center, overlaps, out, [&](Leaf as, const LeafSeries* alike, index_t m, Moments* to) {
         if (tile.done()) return moments_along<X>(alike, m, center, tile.far, to);
         const auto kernel = as == Leaf::about_zero ? moments_beside_tile<X, Leaf::about_zero, WLane, How>
-                            : as == Leaf::whole    ? moments_beside_tile<X, Leaf::whole, WLane, How>
+                            : as == Leaf::whole    ? moments_beside_tile<X, kWholeOverlapped, WLane, How>
                             : as == Leaf::in_turn  ? moments_beside_tile<X, Leaf::in_turn, WLane, How>
                                                    : moments_beside_tile<X, kOverlapped, WLane, How>;
         kernel(alike, m, center, to, tile);

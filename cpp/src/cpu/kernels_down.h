@@ -506,13 +506,11 @@ NK_INLINE void backward_by_row(In dy, In x, In w, Out dx, Statistics<Compute<X>>
             const Gradients here = to.at(bytes<T>(lane));
             // Its vectors begin where those of the gradients do.
             const bool lines = on_line(part.dx.at(kept)) && on_line(here.dweight) && on_line(here.dbias);
-            with_stores<X>(How != Stores::cached && lines, true, [&](auto how) NK_INLINE_LAMBDA {
-                if constexpr (how != Stores::joined) {
-                    OnLines<X> whole;
-                    WritingDx<X, Down::given, how> last(part, kept, kept == 0, down, whole);
-                    static_cast<Gradients&>(last) = here;
-                    last.rest();
-                }
+            with_stores<X, false>(How != Stores::cached && lines, true, [&](auto how) NK_INLINE_LAMBDA {
+                OnLines<X> whole;
+                WritingDx<X, Down::given, how> last(part, kept, kept == 0, down, whole);
+                static_cast<Gradients&>(last) = here;
+                last.rest();
             });
         } else {
             down.add_to(sums.at(lane), n);

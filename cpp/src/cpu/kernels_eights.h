@@ -35,7 +35,7 @@ template <class X, class F>
 NK_INLINE auto with_stores_of_eights(bool stream, Out y, index_t lanes, F f) {
     const bool lines = on_lines(y), on_elements = reinterpret_cast<std::uintptr_t>(y.p) % sizeof(X) == 0;
     const bool can_join = kCanJoin && on_elements && y.row == bytes<X>(lanes);
-    return with_stores<X>(stream && lanes % kWidth<X> == 0 && (lines || can_join), lines, f);
+    return with_stores<X, kCanJoin>(stream && lanes % kWidth<X> == 0 && (lines || can_join), lines, f);
 }
 
 // The two parts of eight means, as normkit::split makes them.

@@ -266,12 +266,14 @@ NK_INLINE void put([[maybe_unused]] EndsOf<X, How, PerLane>& ends, [[maybe_unuse
     }
 }
 
-// f(how, as a constant)
-template <class X, class F>
+// f(how, as a constant). CanJoin: whether it can be other than on lines.
+template <class X, bool CanJoin = true, class F>
 NK_INLINE auto with_stores(bool stream, bool lines, F f) {
     if (!stream) return f(std::integral_constant<Stores, Stores::cached>{});
-    return lines ? f(std::integral_constant<Stores, Stores::lines>{})
-                 : f(std::integral_constant<Stores, Stores::joined>{});
+    if constexpr (CanJoin) {
+        if (!lines) return f(std::integral_constant<Stores, Stores::joined>{});
+    }
+    return f(std::integral_constant<Stores, Stores::lines>{});
 }
 
 // The same, past the caches where rows can be joined or are long. Time with such stores over time without, rows 16

@@ -48,12 +48,13 @@ class SetStatistics {
     SetStatistics(T* storage, index_t sets) : p_(storage), sets_(sets) {}
     static constexpr index_t kArrays = 6;
 
-    void put(index_t set, const Statistic& statistic) { put(set, split<T>(statistic)); }
-    void put(index_t set, const Split<T>& s) {
-        hi()[set] = s.hi;
-        lo()[set] = s.lo;
-        this->rstd()[set] = s.rstd;
-        scale()[set] = s.scale;
+    // n entries alike.
+    void put(index_t first, const Statistic& statistic, index_t n = 1) {
+        const Split<T> s = split<T>(statistic);
+        std::fill_n(hi() + first, n, s.hi);
+        std::fill_n(lo() + first, n, s.lo);
+        std::fill_n(this->rstd() + first, n, s.rstd);
+        std::fill_n(scale() + first, n, s.scale);
     }
     // Sets first, first + 1, ... of n, from mean (null: 0) and rstd, each a double and `step` of them apart. Compilers
     // make vectors of the loops.
@@ -78,9 +79,9 @@ class SetStatistics {
             l[i] = static_cast<T>(mean[i] - static_cast<double>(rounded)) + 0;
         }
     }
-    void put_sums(index_t set, double mean_g, double mean_g_xhat) {
-        this->mean_g()[set] = static_cast<T>(mean_g);
-        this->mean_g_xhat()[set] = static_cast<T>(mean_g_xhat);
+    void put_sums(index_t first, double mean_g, double mean_g_xhat, index_t n = 1) {
+        std::fill_n(this->mean_g() + first, n, static_cast<T>(mean_g));
+        std::fill_n(this->mean_g_xhat() + first, n, static_cast<T>(mean_g_xhat));
     }
     T* mean_g() const { return p_ + 4 * sets_; }
     T* mean_g_xhat() const { return p_ + 5 * sets_; }

@@ -13,6 +13,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define NK_INLINE inline __attribute__((always_inline))
@@ -73,6 +75,34 @@ struct RawOf<normkit::bfloat16> {
 template <class X>
 using Raw = typename RawOf<X>::type;
 
+#if !defined(__F16C__) && !defined(__aarch64__)
+// float16 by integers, as functions of their own: in every loop they would be half of what there is to compile.
+
+inline __attribute__((noinline)) Vec<float> decoded_float16(Halves raw) {
+    // The exponent is rebased from 15 to 127. Infinity and NaN need the step once more; a subnormal number gets the
+    // leading bit 2^-14 that it lacks, and loses it again in a subtraction, which is exact.
+    const Bits bits = __builtin_convertvector(raw, Bits);
+    const Bits sign = (bits & 0x8000) << 16, magnitude = (bits & 0x7fff) << 13, exponent = magnitude & (31u << 23);
+    const Bits normal = magnitude + (112u << 23);
+    const Bits subnormal = (Bits)((Vec<float>)(normal + (1u << 23)) - splat<float>(0x1p-14f));
+    const Bits infinite = normal + (112u << 23);
+    return (Vec<float>)(sign | (exponent == 0u ? subnormal : exponent == (31u << 23) ? infinite : normal));
+}
+
+inline __attribute__((noinline)) Halves encoded_float16(Vec<float> v) {
+    // Half a unit less one is added below the last bit that is kept, and one more where that bit is odd. Below 2^-14
+    // the sum with 0.5, whose last place is that of a subnormal float16, does the rounding.
+    const Bits bits = (Bits)v, sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    const Bits normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    const Bits subnormal = (Bits)((Vec<float>)magnitude + splat<float>(0.5f)) - (126u << 23);
+    const Signed order = (Signed)magnitude;
+    const Bits finite = order < (113 << 23) ? subnormal : normal;
+    const Bits infinity = Bits{} + 0x7c00;
+    const Bits all = order >= (143 << 23) ? infinity : finite;
+    return __builtin_convertvector(sign | (v == v ? all : infinity | 0x200), Halves);
+}
+#endif
+
 template <class X>
 NK_INLINE Vec<X> decoded(Raw<X> raw) {
     if constexpr (std::is_same_v<X, normkit::bfloat16>) {
@@ -89,15 +119,10 @@ NK_INLINE Vec<X> decoded(Raw<X> raw) {
         return (Vec<float>)_mm512_cvtph_ps((__m256i)raw);
 #elif defined(__F16C__)
         return (Vec<float>)_mm256_cvtph_ps((__m128i)raw);
+#elif defined(__aarch64__)
+        return (Vec<float>)vcvt_f32_f16((float16x4_t)raw);
 #else
-        // The exponent is rebased from 15 to 127. Infinity and NaN need the step once more; a subnormal number gets the
-        // leading bit 2^-14 that it lacks, and loses it again in a subtraction, which is exact.
-        const Bits bits = __builtin_convertvector(raw, Bits);
-        const Bits sign = (bits & 0x8000) << 16, magnitude = (bits & 0x7fff) << 13, exponent = magnitude & (31u << 23);
-        const Bits normal = magnitude + (112u << 23);
-        const Bits subnormal = (Bits)((Vec<float>)(normal + (1u << 23)) - splat<float>(0x1p-14f));
-        const Bits infinite = normal + (112u << 23);
-        return (Vec<float>)(sign | (exponent == 0u ? subnormal : exponent == (31u << 23) ? infinite : normal));
+        return decoded_float16(raw);
 #endif
     } else {
         return raw;
@@ -133,17 +158,10 @@ NK_INLINE Raw<X> encoded(Vec<X> v) {
         return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
         return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+        return (Halves)vcvt_f16_f32((float32x4_t)v);
 #else
-        // Half a unit less one is added below the last bit that is kept, and one more where that bit is odd. Below
-        // 2^-14 the sum with 0.5, whose last place is that of a subnormal float16, does the rounding.
-        const Bits bits = (Bits)v, sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-        const Bits normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-        const Bits subnormal = (Bits)((Vec<float>)magnitude + splat<float>(0.5f)) - (126u << 23);
-        const Signed order = (Signed)magnitude;
-        const Bits finite = order < (113 << 23) ? subnormal : normal;
-        const Bits infinity = Bits{} + 0x7c00;
-        const Bits all = order >= (143 << 23) ? infinity : finite;
-        return __builtin_convertvector(sign | (v == v ? all : infinity | 0x200), Halves);
+        return encoded_float16(v);
 #endif
     } else {
         return v;

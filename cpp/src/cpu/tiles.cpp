@@ -146,8 +146,8 @@ namespace {
 // Where parameters of one a lane are all that has to be fetched: f(l, n, w, b) with those of n lanes at a time.
 template <class T, class F>
 void with_parameters(const Isa& isa, const Strided& w, const Strided& b, index_t lanes, F f) {
-    constexpr index_t kMost = kPatchRows * kPatchLanes;
-    Patch<T> pw, pb;
+    constexpr index_t kMost = 512;
+    T pw[kMost], pb[kMost];
     const auto fetched = [&](const Strided& from, index_t l, index_t n, T* to) -> Strided {
         fetch(isa, shifted(from, 0, l), 1, n, to);
         return {reinterpret_cast<const char*>(to), 0, sizeof(T), kDtype<T>};
@@ -208,25 +208,31 @@ void apply(const KernelPair<X>& k, Strided x, Strided y, Strided w, Strided b, c
     });
 }
 
+// `backward` with operands as they lie.
+template <class X>
+void backward_in_place(const KernelPair<X>& k, const Strided& dy, const Strided& x, const Strided& w, const Strided& dx,
+                       const TileStatistics<Compute<X>>& s, index_t rows, index_t lanes, DownSums sums, bool stream) {
+    const bool w_lane = !per_row<Compute<X>>(w, lanes);
+    if (!sums.g && s.lane == 0) {
+        k.direct.dx_along[w_lane](in(dy), in(x), in(w), out_of(dx), s, rows, lanes, stream);
+    } else {
+        k.direct.backward_down[s.lane][w_lane](in(dy), in(x), in(w), out_of(dx), s, rows, lanes, sums, stream);
+    }
+}
+
 template <class X>
 void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided dx, const TileStatistics<Compute<X>>& s,
               index_t rows, index_t lanes, DownSums sums, bool stream) {
     using T = Compute<X>;
     if (!s.scale && contiguous<X>(dy, lanes) && contiguous<X>(x, lanes) && contiguous<X>(dx, lanes)) {
         if (per_row<T>(w, lanes) || contiguous<T>(w, lanes)) {
-            const bool w_lane = !per_row<T>(w, lanes);
-            if (!sums.g && s.lane == 0) {
-                k.direct.dx_along[w_lane](in(dy), in(x), in(w), out_of(dx), s, rows, lanes, stream);
-            } else {
-                k.direct.backward_down[s.lane][w_lane](in(dy), in(x), in(w), out_of(dx), s, rows, lanes, sums, stream);
-            }
-            return;
+            return backward_in_place(k, dy, x, w, dx, s, rows, lanes, sums, stream);
         }
         if (w.row == 0) {
             with_parameters<T>(k.isa, w, zero<T>(), lanes,
                                [&](index_t l, index_t n, const Strided& pw, const Strided&) {
-                                   backward(k, shifted(dy, 0, l), shifted(x, 0, l), pw, shifted(dx, 0, l),
-                                            shifted(s, 0, l), rows, n, sums.at(l), stream);
+                                   backward_in_place(k, shifted(dy, 0, l), shifted(x, 0, l), pw, shifted(dx, 0, l),
+                                                     shifted(s, 0, l), rows, n, sums.at(l), stream);
                                });
             return;
         }
@@ -303,20 +309,16 @@ index_t backward_in_eights(const KernelPair<X>& k, Strided dy, Strided x, Stride
     return k.direct.backward_in_eights({in(dy), in(x), in(w), out_of(dx), rows, lanes, stream, far, mean, rstd, sums});
 }
 
+// `sums_along` through buffers, in a function of its own: they are much of what a call takes of the stack.
 template <class X>
-Sums sums_along(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const TileStatistics<Compute<X>>& s,
-                index_t rows, index_t lanes, bool far) {
+__attribute__((noinline)) Sums sums_of_gathered(const KernelPair<X>& k, const Strided& dy, const Strided& x,
+                                                const Strided& w, const TileStatistics<Compute<X>>& s, index_t rows,
+                                                index_t lanes, bool far) {
     using T = Compute<X>;
     Sums sums;
-    if (!s.scale && contiguous<X>(dy, lanes) && contiguous<X>(x, lanes) &&
-        (per_row<T>(w, lanes) || contiguous<T>(w, lanes))) {
-        const SumSeries one{in(dy), in(x), in(w), rows, lanes, 0, 0, 1};
-        k.direct.sums_along[!per_row<T>(w, lanes)](&one, 1, s, far, &sums);
-        return sums;
-    }
     T pdy[kLeafLanes], px[kLeafLanes], pw[kLeafLanes];
+    fetch(k.isa, w, rows, lanes, pw);
     if (!s.scale && contiguous<X>(dy, lanes) && contiguous<X>(x, lanes)) {
-        fetch(k.isa, w, rows, lanes, pw);
         const SumSeries one{in(dy), in(x), packed(pw, lanes), rows, lanes, 0, 0, 1};
         k.direct.sums_along[1](&one, 1, s, far, &sums);
         return sums;
@@ -324,9 +326,22 @@ Sums sums_along(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const 
     fetch(k.isa, dy, rows, lanes, pdy);
     fetch(k.isa, x, rows, lanes, px);
     multiply(s, rows, lanes, px);
-    fetch(k.isa, w, rows, lanes, pw);
     const SumSeries one{packed(pdy, lanes), packed(px, lanes), packed(pw, lanes), rows, lanes, 0, 0, 1};
     k.packed.sums_along[1](&one, 1, s, false, &sums);
+    return sums;
+}
+
+template <class X>
+Sums sums_along(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const TileStatistics<Compute<X>>& s,
+                index_t rows, index_t lanes, bool far) {
+    using T = Compute<X>;
+    if (s.scale || !contiguous<X>(dy, lanes) || !contiguous<X>(x, lanes) ||
+        !(per_row<T>(w, lanes) || contiguous<T>(w, lanes))) {
+        return sums_of_gathered(k, dy, x, w, s, rows, lanes, far);
+    }
+    Sums sums;
+    const SumSeries one{in(dy), in(x), in(w), rows, lanes, 0, 0, 1};
+    k.direct.sums_along[!per_row<T>(w, lanes)](&one, 1, s, far, &sums);
     return sums;
 }
 
