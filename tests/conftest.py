@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import os
 import re
 from zlib import crc32
 
@@ -19,6 +20,12 @@ MARKERS = (
 def pytest_configure(config):
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """`-n auto`: tests compute on all cores themselves, so that more processes get into each other's way."""
+    return None if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS") else min(os.cpu_count() or 1, 4)
 
 
 def pytest_generate_tests(metafunc):

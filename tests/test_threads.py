@@ -511,6 +511,7 @@ print("done")
 
 STACK = """
     import threading
+    from itertools import product
     import ml_dtypes, numpy as np, normkit as nk
     nk.set_num_threads(1)
 
@@ -525,20 +526,22 @@ STACK = """
             ("layer", (1, 70_000), {"normalized_shape": 70_000}),
             ("rms", (40, 2560), {"normalized_shape": 2560}),
         ):
-            x = rng.standard_normal(shape).astype(dtype)
             extent = options.get("normalized_shape") or shape[options.get("channel_axis", 1)]
-            weight = np.ones(extent, dtype)
-            bias = {} if norm == "rms" else {"bias": weight}
-            y, *statistics = getattr(nk, f"{norm}_norm_forward")(x, weight=weight, **bias, **options)
-            getattr(nk, f"{norm}_norm_backward")(y, x, *statistics, weight=weight, **options)
-            if norm == "batch":
-                options["training"] = False
-                nk.batch_norm(x, np.zeros(extent), np.ones(extent), weight, weight, **options)
+            whole = rng.standard_normal((*shape[:-1], 2 * shape[-1])).astype(dtype)
+            arrays = whole[..., : shape[-1]].copy(), whole[..., ::2]
+            for x, parameter in product(arrays, dict.fromkeys((dtype, "float32"))):
+                weight = np.ones(extent, parameter)
+                bias = {} if norm == "rms" else {"bias": weight}
+                _, *statistics = getattr(nk, f"{norm}_norm_forward")(x, weight=weight, **bias, **options)
+                getattr(nk, f"{norm}_norm_backward")(x, x, *statistics, weight=weight, **options)
+                if norm == "batch":
+                    given = np.zeros(extent), np.ones(extent)
+                    nk.batch_norm(x, *given, weight, weight, **{**options, "training": False})
         print(dtype)
 
     rng = np.random.default_rng(0)
     for dtype in ("float64", "float32", "float16", "bfloat16"):
-        threading.stack_size(160 * 1024)
+        threading.stack_size(224 * 1024)
         thread = threading.Thread(target=calls)
         thread.start()
         thread.join()

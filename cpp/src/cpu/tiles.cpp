@@ -145,10 +145,12 @@ namespace {
 
 // Where parameters of one a lane are all that has to be fetched: f(l, n, w, b) with those of n lanes at a time.
 template <class T, class F>
-void with_parameters(const Isa& isa, const Strided& w, const Strided& b, index_t lanes, F f) {
+void with_fetched(const Isa& isa, const Strided& w, const Strided& b, index_t lanes, F f) {
     constexpr index_t kMost = 512;
     T pw[kMost], pb[kMost];
+    static_assert(kMost <= kConstantLanes<T>);
     const auto fetched = [&](const Strided& from, index_t l, index_t n, T* to) -> Strided {
+        if (from.p == one<T>().p || from.p == zero<T>().p) return {from.p, 0, sizeof(T), kDtype<T>};
         fetch(isa, shifted(from, 0, l), 1, n, to);
         return {reinterpret_cast<const char*>(to), 0, sizeof(T), kDtype<T>};
     };
@@ -184,7 +186,7 @@ void apply(const KernelPair<X>& k, Strided x, Strided y, Strided w, Strided b, c
             return;
         }
         if (w.row == 0 && b.row == 0) {
-            with_parameters<T>(k.isa, w, b, lanes, [&](index_t l, index_t n, const Strided& pw, const Strided& pb) {
+            with_fetched<T>(k.isa, w, b, lanes, [&](index_t l, index_t n, const Strided& pw, const Strided& pb) {
                 kernel[1](in(shifted(x, 0, l)), out_of(shifted(y, 0, l)), in(pw), in(pb), shifted(s, 0, l), rows, n,
                           stream);
             });
@@ -229,11 +231,10 @@ void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided 
             return backward_in_place(k, dy, x, w, dx, s, rows, lanes, sums, stream);
         }
         if (w.row == 0) {
-            with_parameters<T>(k.isa, w, zero<T>(), lanes,
-                               [&](index_t l, index_t n, const Strided& pw, const Strided&) {
-                                   backward_in_place(k, shifted(dy, 0, l), shifted(x, 0, l), pw, shifted(dx, 0, l),
-                                                     shifted(s, 0, l), rows, n, sums.at(l), stream);
-                               });
+            with_fetched<T>(k.isa, w, zero<T>(), lanes, [&](index_t l, index_t n, const Strided& pw, const Strided&) {
+                backward_in_place(k, shifted(dy, 0, l), shifted(x, 0, l), pw, shifted(dx, 0, l), shifted(s, 0, l), rows,
+                                  n, sums.at(l), stream);
+            });
             return;
         }
     }

@@ -1,7 +1,7 @@
 // Tiles with any strides, brought before the kernels. A kernel wants contiguous lanes, and w and b that are both one a
 // row or both one a lane, and of the type of arithmetic. Where an operand is not like that, or a set has to be scaled,
-// the tile goes through buffers in L1, a patch at a time, and is converted on the way; the bits are the same. Nothing
-// is ever copied as a whole.
+// the tile goes through buffers in L1, a patch at a time, and is converted on the way; the bits are the same. So do w
+// and b alone, if nothing else is in the way. Nothing is ever copied as a whole.
 #pragma once
 
 #include "../nest.h"
