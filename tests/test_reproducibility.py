@@ -61,6 +61,9 @@ BIG = [
     Case("layer", (2, 70_011), {"normalized_shape": (70_011,)}),
     Case("layer", (3, 5, 96, 97), {"normalized_shape": (5, 96, 97)}, "channels last"),
     Case("layer", (1100, 130), {"normalized_shape": (130,)}, "F"),
+    Case("layer", (3, 60, 41, 70), {"normalized_shape": (70,)}, "channels first"),
+    Case("layer", (5, 70_003), {"normalized_shape": (70_003,)}, "F"),
+    Case("group", (9, 12, 50, 51), {"num_groups": 3, "channel_axis": 1}, "F"),
     Case("rms", (1500, 97), {"normalized_shape": (97,)}),
     Case("rms", (40, 5003), {"normalized_shape": (5003,)}),
     Case("rms", (1, 140_011), {"normalized_shape": (140_011,)}),
@@ -84,6 +87,7 @@ BIG_OF_OTHERS = [
         Case("group", (2, 50, 51, 12), {"num_groups": 3, "channel_axis": -1}),
         Case("layer", (700, 97), {"normalized_shape": (97,)}),
         Case("layer", (750, 70), {"normalized_shape": (70,)}, "F"),
+        Case("layer", (2, 30, 41, 24), {"normalized_shape": (24,)}, "channels first"),
         Case("rms", (1, 70_011), {"normalized_shape": (70_011,)}),
         Case("axes", (6, 120, 70), {"axes": (0, 2)}, parameter=(120, 1)),
         Case("axes without center", (120, 6, 70), {"axes": (0,)}, parameter=(6, 70)),
@@ -313,6 +317,27 @@ def test_gradients_of_few_long_rows(rng, rows, lanes, dtype):
                 same(results(weight, past, grad_dtype), expected)
                 same(results(weight, past, grad_dtype, ("x", "bias"))[::2], expected[::2])
                 same(results(weight, past, grad_dtype, ("weight",))[1:2], expected[1:2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pixels", [1, 5, 16, 33, 600, 2051])
+def test_gradients_across_lanes(rng, pixels, dtype):
+    """Layer norm over the channels of NCHW: neighbours in memory have means of their own and share their weight.
+
+    The same bits wherever dy lies, and on every instruction set; with sets so small that they are scaled.
+    """
+    case = Case("layer", (3, pixels, 1, 19), {"normalized_shape": (19,)}, "channels first", dtype=dtype)
+    for least in (1.0, {"float32": 1e-20, "bfloat16": 1e-20, "float64": 1e-160}.get(dtype, 1.0)):
+        x, dy = case.random(rng, 1e2), case.random(rng)
+        x[1, : pixels // 2] *= np.asarray(least, x.dtype)
+        weight, _ = case.parameters(rng)
+        _, mean, rstd = case.forward(x, eps=0.0)
+        gradients = case.backward(dy, x, mean, rstd, weight)
+        case.check_backward(gradients, dy, x, (mean, rstd), weight, 0.0)
+        for isa, memory, threads in product(_debug.isas(), ("channels first", "C", "strided"), (1, 3)):
+            elsewhere = replace(case, memory=memory).arrange(dy)
+            with _debug.force(isa=isa, threads=threads):
+                same(case.backward(elsewhere, x, mean, rstd, weight)[1:], gradients[1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

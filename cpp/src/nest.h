@@ -34,6 +34,12 @@ struct Offsets {
     }
 };
 
+inline Offsets offsets(const Axis& axis, index_t index) {
+    Offsets o;
+    for (int i = 0; i < kOperands; ++i) o.at[i] = index * axis.stride[i];
+    return o;
+}
+
 // Axes from the outermost to the innermost. What lies beyond the n-th is not initialized, nor copied: nests are made
 // and passed around in every call, and all kMaxAxes axes are a kilobyte and a half.
 struct Nest {

@@ -15,9 +15,9 @@ template <class T>
 void convert(const char* from, Dtype dtype, const Tiles& tiles, Operand operand, T* to) {
     for (index_t i = 0; i < tiles.count(); ++i) {
         const Tiles::Tile tile = tiles[i];
-        cpu::fetch(cpu::isa_in_force(),
-                   {from + tile.at[operand], tiles.rows.stride[operand], tiles.lanes.stride[operand], dtype}, tile.rows,
-                   tile.lanes, to);
+        cpu::gather(cpu::isa_in_force(),
+                    {from + tile.at[operand], tiles.rows.stride[operand], tiles.lanes.stride[operand], dtype},
+                    tile.rows, tile.lanes, to);
         to += tile.rows * tile.lanes;
     }
 }

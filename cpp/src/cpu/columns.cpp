@@ -61,11 +61,7 @@ class Units {
     // Of a row.
     index_t lanes() const { return plan_.lane.extent * plan_.merge.extent; }
 
-    Offsets at(const Unit& u) const {
-        Offsets o = plan_.kept.offsets(u.outer);
-        for (int k = 0; k < kOperands; ++k) o.at[k] += u.first_set * plan_.lane.stride[k];
-        return o;
-    }
+    Offsets at(const Unit& u) const { return plan_.kept.offsets(u.outer) + offsets(plan_.lane, u.first_set); }
     index_t set(const Unit& u) const { return u.outer * plan_.lane.extent + u.first_set; }
 
     // From lane to lane of a unit.
@@ -135,9 +131,8 @@ class LaneStatistics {
     void put_sums(index_t set, double mean_g, double mean_g_xhat) {
         lanes_.put_sums(set * merge_, mean_g, mean_g_xhat, merge_);
     }
-    TileStatistics<T> of(index_t first_set, index_t lanes) const {
-        return lanes_.tile(first_set * merge_, 0, 1, lanes);
-    }
+    TileStatistics<T> of(index_t first_set, index_t lanes) const { return from(first_set * merge_, lanes); }
+    TileStatistics<T> from(index_t lane, index_t lanes) const { return lanes_.tile(lane, 0, 1, lanes); }
 
   private:
     const index_t merge_;
@@ -152,11 +147,13 @@ bool uniform(const Nest& runs, index_t first, index_t n) {
 
 // The same where it does not, packed: as elements E, those of the operand, or converted.
 template <class E>
-Strided gather_rows(const char* p, Dtype dtype, const Nest& runs, Operand o, index_t lane_stride, index_t first,
-                    index_t rows, index_t lanes, E* out) {
-    for (index_t r = 0; r < rows; ++r) {
-        gather<E>({p + runs.offset(o, first + r), 0, lane_stride, dtype}, 1, lanes, out + r * lanes);
-    }
+Strided gather_rows(const Isa& isa, const char* p, Dtype dtype, Nest runs, Operand o, index_t lane_stride,
+                    index_t first, index_t rows, index_t lanes, E* out) {
+    Axis lane;
+    lane.extent = lanes;
+    lane.stride[o] = lane_stride;
+    runs.push(lane);
+    gather(isa, runs, o, p, dtype, first * lanes, rows * lanes, out);
     return {reinterpret_cast<const char*>(out), lanes * index_t{sizeof(E)}, sizeof(E), kDtype<E>};
 }
 
@@ -257,8 +254,9 @@ class ColumnsForward {
             const index_t n = rows - r < kLeafRows ? rows - r : kLeafRows;
             for (index_t l = 0; l < u.lanes; l += kGatherLanes) {
                 const index_t lanes = u.lanes - l < kGatherLanes ? u.lanes - l : kGatherLanes;
-                moments_down(k_, gather_rows(p + l * lane, call_.dtype, runs_x_, kX, lane, first + r, n, lanes, buffer),
-                             origin + l, n, lanes, r, plan_.center, false, mean + l, M2 + l);
+                const Strided x =
+                    gather_rows(k_.isa, p + l * lane, call_.dtype, runs_x_, kX, lane, first + r, n, lanes, buffer);
+                moments_down(k_, x, origin + l, n, lanes, r, plan_.center, false, mean + l, M2 + l);
             }
         }
     }
@@ -375,7 +373,7 @@ class ColumnsBackward {
             return &parts[2 * (unit * (resident ? 1 : blocks) + block) * most];
         };
         // Before dx, which may take the place of x or dy.
-        if (call_.parameters && !rows_share_parameters_) sum_parameters<X>(plan_, call_, schedule_.threads);
+        if (call_.parameters && !rows_share_parameters_) sum_across();
 
         if (resident) {
             parallel_for(n, schedule_.threads, [&](index_t i) {
@@ -429,7 +427,7 @@ class ColumnsBackward {
                 }
             }
         }
-        write_parameters(call_, 0, call_.parameters, parameters_.get());
+        write_parameters(call_, 0, 1, call_.parameters, parameters_.get());
     }
 
   private:
@@ -468,7 +466,7 @@ class ColumnsBackward {
                 const index_t lanes = u.lanes - l < kGatherLanes ? u.lanes - l : kGatherLanes;
                 const auto tile = [&](const char* base, Dtype dtype, Operand k, auto* buffer) {
                     const index_t lane = units_.lane_stride(k);
-                    return gather_rows(base + at[k] + l * lane, dtype, runs_, k, lane, r, n, lanes, buffer);
+                    return gather_rows(k_.isa, base + at[k] + l * lane, dtype, runs_, k, lane, r, n, lanes, buffer);
                 };
                 TileStatistics<T> shifted = s;
                 for (const T** p : {&shifted.hi, &shifted.lo, &shifted.rstd, &shifted.scale}) {
@@ -482,6 +480,50 @@ class ColumnsBackward {
     }
 
     bool weighted() const { return call_.weight && !rows_share_parameters_; }
+
+    // The gradients where each row has parameters of its own: each over all lanes that share it, in the order of the
+    // plan.
+    void sum_across() {
+        statistics_.put_given(plan_, call_.mean, call_.rstd);
+        Nest index, summed;  // axes that tell parameters apart, and the others; kSet counts the lanes of statistics
+        const auto add = [&](Axis a, index_t lanes) {
+            a.stride[kSet] = lanes;
+            (a.stride[kGradient] != 0 ? index : summed).push(a);
+        };
+        for (const Axis* a = plan_.kept.axis; a < plan_.kept.axis + plan_.kept.n; ++a) {
+            add(*a, a->stride[kSet] * plan_.merge.extent);
+        }
+        for (const Axis* a = plan_.runs.axis; a < plan_.runs.axis + plan_.runs.n; ++a) add(*a, 0);
+        add(plan_.lane, plan_.merge.extent);
+        add(plan_.merge, 1);
+        constexpr unsigned kVisited = bit(kX) | bit(kDy) | bit(kSet);
+        index = collapse(index, kVisited | bit(kGradient));
+        summed = collapse(summed, kVisited);
+        const Axis &rows = index.inner(), &lanes = summed.inner();
+        const Nest others = index.without_inner(), outer = summed.without_inner();
+
+        // Kernels want the statistics of all rows alike, and those of lanes side by side.
+        const index_t share = std::max(index_t{1}, index.size() / (8 * schedule_.threads));
+        const index_t rows_per = rows.stride[kSet] == 0 ? std::min(share, rows.extent) : 1;
+        const index_t lanes_per = lanes.stride[kSet] == 1 ? std::min(kLeafLanes, lanes.extent) : 1;
+        const index_t pieces = (rows.extent + rows_per - 1) / rows_per;
+        const index_t leaves = (lanes.extent + lanes_per - 1) / lanes_per;
+        const Buffer<Sums> sums(index.size());
+        parallel_for(others.size() * pieces, schedule_.threads, [&](index_t i) {
+            const index_t row = i % pieces * rows_per, n = std::min(rows_per, rows.extent - row);
+            const Offsets first = others.offsets(i / pieces) + offsets(rows, row);
+            Sums* const to = &sums[i / pieces * rows.extent + row];
+            std::fill(to, to + n, Sums{});
+            for (index_t j = 0; j < outer.size() * leaves && !gives_up(); ++j) {
+                const index_t lane = j % leaves * lanes_per, some = std::min(lanes_per, lanes.extent - lane);
+                const Offsets at = first + outer.offsets(j / leaves) + offsets(lanes, lane);
+                sums_across(k_, {call_.dy + at[kDy], rows.stride[kDy], lanes.stride[kDy], call_.dtype},
+                            {call_.x + at[kX], rows.stride[kX], lanes.stride[kX], call_.dtype},
+                            statistics_.from(at[kSet], some), n, some, to);
+            }
+            write_parameters(call_, first[kGradient], rows.stride[kGradient], n, to);
+        });
+    }
 
     // `rows` rows that are evenly spaced.
     void sum_rows(const Offsets& at, index_t first, index_t rows, index_t lanes, const TileStatistics<T>& s,

@@ -195,6 +195,7 @@ struct BackwardEights {
 
 template <class X>
 struct Kernels {
+    using Element = X;
     using T = Compute<X>;
 
     // Moments of the leaves of n series, one after another.
@@ -219,6 +220,10 @@ struct Kernels {
     // Sums of g = w * dy and g * xhat over the leaves of n series, n >= 1. Index: as above. far: as for moments, where
     // runs lie far apart.
     void (*sums_along[2])(const SumSeries* series, index_t n, Statistics<T> s, bool far, Sums* out);
+
+    // Adds to out[r] the sums of dy and dy * xhat over the lanes of row r, which are different sets: statistics are one
+    // a lane. Precondition: lanes <= kLeafLanes.
+    void (*sums_across)(In dy, In x, Statistics<T> s, index_t rows, index_t lanes, Sums* out);
 
     // dx = rstd * (w * dy - mean_g - xhat * mean_g_xhat).
     void (*dx_along[2])(In dy, In x, In w, Out dx, Statistics<T> s, index_t rows, index_t lanes, bool stream);

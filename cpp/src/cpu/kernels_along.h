@@ -1083,6 +1083,58 @@ void sums_along(const SumSeries* series, index_t n, Statistics<Compute<X>> s, bo
     }
 }
 
+// Sums of dy and dy * xhat of a row whose lanes are different sets.
+template <class X>
+struct AcrossBlock {
+    using T = Compute<X>;
+    static constexpr index_t kLanes = kStep;
+    static constexpr index_t kSteps = kLoose ? 1 << 20 : kDepth;
+    static constexpr int kShare = 1;
+    static constexpr int K = kLanes / kWidth<X>;
+    const char *dy, *x;
+    Statistics<T> s;
+    Vec<X> sum[K] = {}, sum_xhat[K] = {};
+    double total = 0, total_xhat = 0;
+
+    NK_INLINE void row(index_t) {}
+    NK_INLINE void ask_ahead(index_t) {}
+    NK_INLINE void full(index_t at) {
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i) add(i, at + i * kWidth<X>, kWidth<X>);
+    }
+    NK_INLINE void tail(index_t at, int n) {
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i, n -= kWidth<X>) {
+            if (n > 0) add(i, at + i * kWidth<X>, n);
+        }
+    }
+    NK_INLINE void flush() {
+        total += sum_by_halves<T, K>(sum);
+        total_xhat += sum_by_halves<T, K>(sum_xhat);
+#pragma GCC unroll 16
+        for (int i = 0; i < K; ++i) sum[i] = sum_xhat[i] = Vec<X>{};
+    }
+
+  private:
+    NK_INLINE void add(int i, index_t lane, int n) {
+        const auto of_set = [=](const T* p)
+                                NK_INLINE_LAMBDA { return load_rest<T>(reinterpret_cast<const char*>(p + lane), n); };
+        // Where there is nothing, all of them are 0, and so is what is added.
+        const Vec<X> v = load_rest<X>(dy + bytes<X>(lane), n), d = load_rest<X>(x + bytes<X>(lane), n) - of_set(s.hi);
+        sum[i] += v;
+        sum_xhat[i] += v * ((d - of_set(s.lo)) * of_set(s.rstd));
+    }
+};
+
+template <class X>
+void sums_across(In dy, In x, Statistics<Compute<X>> s, index_t rows, index_t lanes, Sums* out) {
+    for (index_t r = 0; r < rows; ++r) {
+        AcrossBlock<X> block{dy.at(r), x.at(r), s};
+        for_steps(1, lanes, block);
+        out[r] += {block.total, block.total_xhat};
+    }
+}
+
 // A row to be written, a few vectors at a time; half as many as its moments, which are two readings, take.
 template <class X, bool WLane, Stores How>
 struct Applying {

@@ -26,26 +26,19 @@ inline Nest joined(const Nest& outer, const Nest& inner) {
 template <class E>
 class LeafReader {
   public:
-    LeafReader(const Nest& runs, const Nest& run, Operand operand, Dtype dtype)
-        : operand_(operand), dtype_(dtype), runs_(collapse(runs, bit(operand))), run_(collapse(run, bit(operand))) {}
+    LeafReader(const Isa& isa, const Nest& runs, const Nest& run, Operand operand, Dtype dtype)
+        : isa_(isa),
+          operand_(operand),
+          dtype_(dtype),
+          runs_(collapse(runs, bit(operand))),
+          run_(collapse(run, bit(operand))) {}
 
     Strided operator()(const char* set, const Leaves::Leaf& leaf, E* buffer) const {
         if (in_place(leaf.rows)) {
             return {run(set, leaf.first_run) + leaf.lane * lane(), row(), lane(), dtype_};
         }
-        E* to = buffer;
-        for (index_t r = 0; r < leaf.rows; ++r) {
-            const char* p = set + runs_.offset(operand_, leaf.first_run + r);
-            for (index_t at = leaf.lane, left = leaf.lanes; left > 0;) {
-                const Axis& inner = run_.inner();
-                index_t n = inner.extent - at % inner.extent;
-                if (n > left) n = left;
-                gather<E>({p + run_.offset(operand_, at), 0, inner.stride[operand_], dtype_}, 1, n, to);
-                to += n;
-                at += n;
-                left -= n;
-            }
-        }
+        const index_t first = leaf.first_run * run_.size() + leaf.lane;
+        gather(isa_, joined(runs_, run_), operand_, set, dtype_, first, leaf.rows * leaf.lanes, buffer);
         return {reinterpret_cast<const char*>(buffer), leaf.lanes * index_t{sizeof(E)}, sizeof(E), kDtype<E>};
     }
 
@@ -71,6 +64,7 @@ class LeafReader {
     bool one_row() const { return run_.n == 1 && runs_.size() == 1; }
 
   private:
+    const Isa& isa_;
     Operand operand_;
     Dtype dtype_;
     Nest runs_, run_;
@@ -275,11 +269,7 @@ class SetTiles {
         return std::min({at_once_, last - first, next.extent - first % next.extent});
     }
 
-    Offsets neighbour(index_t i) const {
-        Offsets o;
-        for (int k = 0; k < kOperands; ++k) o.at[k] = i * next.stride[k];
-        return o;
-    }
+    Offsets neighbour(index_t i) const { return offsets(next, i); }
 
     // Whether the sets' runs can be taken for one row of lanes, and should where each of their elements has parameters
     // of its own (group norm in NHWC): they lie side by side, several times one behind the other, and so do the

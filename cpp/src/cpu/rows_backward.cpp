@@ -60,9 +60,9 @@ class RowsBackward {
           runs_(cells_.by_element ? plan.runs : cells_.runs),
           run_(cells_.by_element ? plan.run : cells_.run),
           leaves_(runs_.size(), run_.size()),
-          read_dy_(runs_, run_, kDy, call.dtype),
-          read_x_(runs_, run_, kX, call.dtype),
-          read_w_(runs_, run_, kWeight, call.weight_dtype),
+          read_dy_(k_.isa, runs_, run_, kDy, call.dtype),
+          read_x_(k_.isa, runs_, run_, kX, call.dtype),
+          read_w_(k_.isa, runs_, run_, kWeight, call.weight_dtype),
           weights_repeat_(read_w_.repeats()),
           set_is_row_(read_dy_.one_row() && read_x_.one_row() && read_w_.one_row()),
           leaf_is_set_(leaves_.count() == 1 && set_is_row_),
@@ -295,7 +295,7 @@ class RowsBackward {
                 parameters[at + cell_offset(kGradient, c)] += sums[set * per_set + c];
             }
         }
-        write_parameters(call_, 0, call_.parameters, parameters.get());
+        write_parameters(call_, 0, 1, call_.parameters, parameters.get());
     }
 
     // All leaves of all cells, then the sets' means; then dx, tile by tile.
@@ -426,8 +426,7 @@ class RowsBackward {
             if (dtype != kDtype<T>) return false;
         }
         const Tiles tile(rows_and_lanes(rows, grid.lanes), 0);
-        Offsets at = grid.rows.offsets(0) + grid.others.offsets(0);
-        for (int k = 0; k < kOperands; ++k) at.at[k] += lane * grid.lanes.stride[k];
+        const Offsets at = grid.rows.offsets(0) + grid.others.offsets(0) + offsets(grid.lanes, lane);
         return backward_of_block(
             k_, operand(call_.dy, call_.dtype, at, tile, kDy), operand(call_.x, call_.dtype, at, tile, kX),
             parameter(call_.weight, call_.weight_dtype, at, tile, kWeight, one<T>()),
@@ -456,8 +455,7 @@ class RowsBackward {
             if (own_sets && row_by_row(row, tile, n, lanes, sums)) continue;
             if (own_sets) sums_of_sets(row[kSet], inner.stride[kSet], n);
             for (index_t o = 0; o < others; ++o) {
-                Offsets at = row + grid.others.offsets(o);
-                for (int k = 0; k < kOperands; ++k) at.at[k] += lane * grid.lanes.stride[k];
+                const Offsets at = row + grid.others.offsets(o) + offsets(grid.lanes, lane);
                 const TileStatistics<T> s = statistics_.tile(at[kSet], inner.stride[kSet], 0, n);
                 write_dx(k_, call_, at, tile, n, lanes, s, sums.at(o * extent), schedule_.stream);
             }

@@ -43,7 +43,7 @@ class RowsForward {
           k_(kernels),
           schedule_(schedule),
           leaves_(plan.runs.size(), plan.run.size()),
-          read_x_(plan.runs, plan.run, kX, call.dtype),
+          read_x_(k_.isa, plan.runs, plan.run, kX, call.dtype),
           set_(joined(plan.runs, plan.run)),
           elements_(collapse(set_, kForwardOperands)),
           in_place_(read_x_.in_place(leaves_.rows)),

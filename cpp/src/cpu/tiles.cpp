@@ -1,7 +1,10 @@
 #include "tiles.h"
 
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 namespace normkit::cpu {
 namespace {
@@ -53,14 +56,58 @@ TileStatistics<T> shifted(TileStatistics<T> s, index_t r, index_t l) {
     return s;
 }
 
-template <class X>
-void scatter(const Compute<X>* from, index_t rows, index_t lanes, Strided to) {
+// Rows of `lanes` elements without gaps.
+template <class E>
+Strided packed_tile(const E* p, index_t lanes) {
+    return {reinterpret_cast<const char*>(p), lanes * index_t{sizeof(E)}, sizeof(E), kDtype<E>};
+}
+
+// Elements as they are. strange: which of the two tiles is not packed; its memory decides on the order, so that each
+// line is touched once, also where rows are neighbours and lanes are not.
+template <class E>
+void copy_tile(Strided from, Strided to, const Strided& strange, index_t rows, index_t lanes) {
+    const bool across = strange.row != 0 && std::abs(strange.row) < std::abs(strange.lane);
+    if (rows > 1 && (across || lanes == 1)) {
+        std::swap(from.row, from.lane);
+        std::swap(to.row, to.lane);
+        std::swap(rows, lanes);
+    }
     for (index_t r = 0; r < rows; ++r) {
-        for (index_t l = 0; l < lanes; ++l) {
-            X v;
-            from_double(to_double(from[r * lanes + l]), &v);
-            std::memcpy(const_cast<char*>(to.at(r, l)), &v, sizeof v);
+        const char* p = from.at(r, 0);
+        char* q = const_cast<char*>(to.at(r, 0));
+        if (from.lane == index_t{sizeof(E)} && to.lane == index_t{sizeof(E)}) {
+            std::memcpy(q, p, static_cast<std::size_t>(lanes) * sizeof(E));
+            continue;
         }
+        for (index_t l = 0; l < lanes; ++l, p += from.lane, q += to.lane) std::memcpy(q, p, sizeof(E));
+    }
+}
+
+// Back from a buffer.
+template <class X, class E>
+void scatter(const E* from, index_t rows, index_t lanes, const Strided& to) {
+    if constexpr (std::is_same_v<E, X>) {
+        copy_tile<X>(packed_tile(from, lanes), to, to, rows, lanes);
+    } else {
+        for (index_t r = 0; r < rows; ++r) {
+            for (index_t l = 0; l < lanes; ++l) {
+                X v;
+                from_double(to_double(from[r * lanes + l]), &v);
+                std::memcpy(const_cast<char*>(to.at(r, l)), &v, sizeof v);
+            }
+        }
+    }
+}
+
+// n elements that follow each other, to a type of arithmetic.
+template <class X, class T>
+void convert(const Isa& isa, const char* from, index_t n, T* to) {
+    if constexpr (std::is_same_v<X, double>) {
+        kernels_of<T>(isa).narrow(reinterpret_cast<const double*>(from), n, reinterpret_cast<char*>(to), false);
+    } else if constexpr (std::is_same_v<T, Compute<X>>) {
+        kernels_of<X>(isa).widen(from, n, to);
+    } else {
+        for (index_t i = 0; i < n; ++i) to[i] = static_cast<T>(to_double(read<X>(from + i * index_t{sizeof(X)})));
     }
 }
 
@@ -104,41 +151,47 @@ Strided zero() {
 }
 
 template <class E>
-void gather(Strided from, index_t rows, index_t lanes, E* to) {
+void gather(const Isa& isa, const Strided& from, index_t rows, index_t lanes, E* to) {
     with_dtype(from.dtype, [&](auto element) {
         using X = decltype(element);
-        for (index_t r = 0; r < rows; ++r, to += lanes) {
-            if constexpr (std::is_same_v<X, E>) {
-                if (from.lane == static_cast<index_t>(sizeof(E))) {
-                    std::memcpy(to, from.at(r, 0), lanes * sizeof(E));
+        if constexpr (std::is_same_v<X, E>) {
+            copy_tile<E>(from, packed_tile(to, lanes), from, rows, lanes);
+        } else if constexpr (std::is_floating_point_v<E>) {
+            constexpr index_t kMost = 512;
+            X some[kMost];
+            for (index_t r = 0; r < rows; ++r, to += lanes) {
+                if (from.lane == index_t{sizeof(X)}) {
+                    convert<X>(isa, from.at(r, 0), lanes, to);
                     continue;
                 }
-                for (index_t l = 0; l < lanes; ++l) to[l] = read<E>(from.at(r, l));
-            } else if constexpr (std::is_floating_point_v<E>) {
-                for (index_t l = 0; l < lanes; ++l) to[l] = static_cast<E>(to_double(read<X>(from.at(r, l))));
+                for (index_t l = 0; l < lanes; l += kMost) {
+                    const index_t n = lanes - l < kMost ? lanes - l : kMost;
+                    copy_tile<X>(shifted(from, r, l), packed_tile(some, n), from, 1, n);
+                    convert<X>(isa, reinterpret_cast<const char*>(some), n, to + l);
+                }
             }
         }
     });
 }
 
-template <class T>
-void fetch(const Isa& isa, Strided from, index_t rows, index_t lanes, T* to) {
-    const bool by_kernel = with_dtype(from.dtype, [&](auto element) {
-        using X = decltype(element);
-        if (std::is_same_v<X, T> || from.lane != index_t{sizeof(X)}) return false;
-        for (index_t r = 0; r < rows; ++r, to += lanes) {
-            if constexpr (std::is_same_v<X, double>) {
-                kernels_of<T>(isa).narrow(reinterpret_cast<const double*>(from.at(r, 0)), lanes,
-                                          reinterpret_cast<char*>(to), false);
-            } else if constexpr (std::is_same_v<T, Compute<X>>) {
-                kernels_of<X>(isa).widen(from.at(r, 0), lanes, to);
-            } else {
-                gather({from.at(r, 0), 0, from.lane, from.dtype}, 1, lanes, to);
-            }
+template <class E>
+void gather(const Isa& isa, const Nest& nest, Operand o, const char* base, Dtype dtype, index_t first, index_t n,
+            E* to) {
+    const Axis& lanes = nest.inner();
+    for (index_t some; n > 0; first += some, n -= some, to += some) {
+        const index_t lane = first % lanes.extent;
+        Strided from{base + nest.offset(o, first), 0, lanes.stride[o], dtype};
+        if (nest.n > 1 && lane == 0 && n >= lanes.extent) {
+            const Axis& outer = nest.axis[nest.n - 2];
+            const index_t rows = std::min(n / lanes.extent, outer.extent - first / lanes.extent % outer.extent);
+            from.row = outer.stride[o];
+            gather(isa, from, rows, lanes.extent, to);
+            some = rows * lanes.extent;
+        } else {
+            some = std::min(n, lanes.extent - lane);
+            gather(isa, from, 1, some, to);
         }
-        return true;
-    });
-    if (!by_kernel) gather(from, rows, lanes, to);
+    }
 }
 
 namespace {
@@ -151,13 +204,53 @@ void with_fetched(const Isa& isa, const Strided& w, const Strided& b, index_t la
     static_assert(kMost <= kConstantLanes<T>);
     const auto fetched = [&](const Strided& from, index_t l, index_t n, T* to) -> Strided {
         if (from.p == one<T>().p || from.p == zero<T>().p) return {from.p, 0, sizeof(T), kDtype<T>};
-        fetch(isa, shifted(from, 0, l), 1, n, to);
+        gather(isa, shifted(from, 0, l), 1, n, to);
         return {reinterpret_cast<const char*>(to), 0, sizeof(T), kDtype<T>};
     };
     for (index_t l = 0; l < lanes; l += kMost) {
         const index_t n = lanes - l < kMost ? lanes - l : kMost;
         f(l, n, fetched(w, l, n, pw), fetched(b, l, n, pb));
     }
+}
+
+// f(the kernels for what lies in buffers): elements X, or, where a set is scaled, the type of arithmetic.
+template <class X, class F>
+void with_buffers(const KernelPair<X>& k, bool scaled, F f) {
+    if constexpr (!std::is_same_v<X, Compute<X>>) {
+        if (!scaled) return f(k.direct);
+    }
+    f(k.packed);
+}
+
+// What all rows have in common goes to the buffer once.
+template <class T>
+In packed_parameter(const Isa& isa, const Strided& from, index_t rows, index_t lanes, T* buffer) {
+    const bool alike = from.row == 0;
+    gather(isa, from, alike ? 1 : rows, lanes, buffer);
+    return {reinterpret_cast<const char*>(buffer), alike ? 0 : lanes * index_t{sizeof(T)}};
+}
+
+// `apply` through buffers of elements E.
+template <class X, class E>
+void apply_to_patches(const Isa& isa, const Kernels<E>& kernels, const Strided& x, const Strided& y, const Strided& w,
+                      const Strided& b, const TileStatistics<Compute<X>>& s, index_t rows, index_t lanes) {
+    using T = Compute<X>;
+    // Parameters that are one a row are gathered as such.
+    const bool one_a_row = lanes == 1 || (w.lane == 0 && b.lane == 0);
+    const auto& kernel = (s.lane ? kernels.apply_down : kernels.apply_along)[!one_a_row];
+    for_patches(rows, lanes, [&](index_t r, index_t l, index_t n_rows, index_t n) {
+        Patch<E> px, py;
+        Patch<T> pw, pb;
+        const TileStatistics<T> ps = shifted(s, r, l);
+        const index_t n_of_row = one_a_row ? 1 : n;
+        gather(isa, shifted(x, r, l), n_rows, n, px);
+        if constexpr (std::is_same_v<E, T>) multiply(ps, n_rows, n, px);
+        const In w_rows = packed_parameter(isa, shifted(w, r, l), n_rows, n_of_row, pw);
+        const In b_rows = packed_parameter(isa, shifted(b, r, l), n_rows, n_of_row, pb);
+        kernel(packed(px, n), {reinterpret_cast<char*>(py), n * index_t{sizeof(E)}}, w_rows, b_rows, ps, n_rows, n,
+               false);
+        scatter<X>(py, n_rows, n, shifted(y, r, l));
+    });
 }
 
 }  // namespace
@@ -193,21 +286,8 @@ void apply(const KernelPair<X>& k, Strided x, Strided y, Strided w, Strided b, c
             return;
         }
     }
-    // Parameters that are one a row are gathered as such.
-    const bool one_a_row = lanes == 1 || (w.lane == 0 && b.lane == 0);
-    const auto& packed_kernel = (s.lane ? k.packed.apply_down : k.packed.apply_along)[!one_a_row];
-    for_patches(rows, lanes, [&](index_t r, index_t l, index_t n_rows, index_t n) {
-        Patch<T> px, py, pw, pb;
-        const TileStatistics<T> ps = shifted(s, r, l);
-        const index_t n_of_row = one_a_row ? 1 : n;
-        fetch(k.isa, shifted(x, r, l), n_rows, n, px);
-        multiply(ps, n_rows, n, px);
-        fetch(k.isa, shifted(w, r, l), n_rows, n_of_row, pw);
-        fetch(k.isa, shifted(b, r, l), n_rows, n_of_row, pb);
-        packed_kernel(packed(px, n), {reinterpret_cast<char*>(py), n * static_cast<index_t>(sizeof(T))},
-                      packed(pw, n_of_row), packed(pb, n_of_row), ps, n_rows, n, false);
-        scatter<X>(py, n_rows, n, shifted(y, r, l));
-    });
+    with_buffers(k, s.scale,
+                 [&](const auto& kernels) { apply_to_patches<X>(k.isa, kernels, x, y, w, b, s, rows, lanes); });
 }
 
 // `backward` with operands as they lie.
@@ -220,6 +300,28 @@ void backward_in_place(const KernelPair<X>& k, const Strided& dy, const Strided&
     } else {
         k.direct.backward_down[s.lane][w_lane](in(dy), in(x), in(w), out_of(dx), s, rows, lanes, sums, stream);
     }
+}
+
+// `backward` through buffers, as apply_to_patches.
+template <class X, class E>
+void backward_of_patches(const Isa& isa, const Kernels<E>& kernels, const Strided& dy, const Strided& x,
+                         const Strided& w, const Strided& dx, const TileStatistics<Compute<X>>& s, index_t rows,
+                         index_t lanes, DownSums sums) {
+    using T = Compute<X>;
+    for_patches(rows, lanes, [&](index_t r, index_t l, index_t n_rows, index_t n) {
+        Patch<E> pdy, px, pdx;
+        Patch<T> pw;
+        const TileStatistics<T> ps = shifted(s, r, l);
+        gather(isa, shifted(dy, r, l), n_rows, n, pdy);
+        gather(isa, shifted(x, r, l), n_rows, n, px);
+        if constexpr (std::is_same_v<E, T>) multiply(ps, n_rows, n, px);
+        const In w_rows = packed_parameter(isa, shifted(w, r, l), n_rows, n, pw);
+        const Out to = {dx.p ? reinterpret_cast<char*>(pdx) : nullptr, n * index_t{sizeof(E)}};
+        kernels.backward_down[s.lane][1](packed(pdy, n), packed(px, n), w_rows, to, ps, n_rows, n, sums.at(l), false);
+        if (!dx.p) return;
+        if constexpr (std::is_same_v<E, T>) multiply(ps, n_rows, n, pdx);
+        scatter<X>(pdx, n_rows, n, shifted(dx, r, l));
+    });
 }
 
 template <class X>
@@ -238,19 +340,8 @@ void backward(const KernelPair<X>& k, Strided dy, Strided x, Strided w, Strided 
             return;
         }
     }
-    for_patches(rows, lanes, [&](index_t r, index_t l, index_t n_rows, index_t n) {
-        Patch<T> pdy, px, pw, pdx;
-        const TileStatistics<T> ps = shifted(s, r, l);
-        fetch(k.isa, shifted(dy, r, l), n_rows, n, pdy);
-        fetch(k.isa, shifted(x, r, l), n_rows, n, px);
-        multiply(ps, n_rows, n, px);
-        fetch(k.isa, shifted(w, r, l), n_rows, n, pw);
-        const Out to = {dx.p ? reinterpret_cast<char*>(pdx) : nullptr, n * static_cast<index_t>(sizeof(T))};
-        k.packed.backward_down[s.lane][1](packed(pdy, n), packed(px, n), packed(pw, n), to, ps, n_rows, n, sums.at(l),
-                                          false);
-        if (!dx.p) return;
-        multiply(ps, n_rows, n, pdx);
-        scatter<X>(pdx, n_rows, n, shifted(dx, r, l));
+    with_buffers(k, s.scale, [&](const auto& kernels) {
+        backward_of_patches<X>(k.isa, kernels, dy, x, w, dx, s, rows, lanes, sums);
     });
 }
 
@@ -317,18 +408,22 @@ __attribute__((noinline)) Sums sums_of_gathered(const KernelPair<X>& k, const St
                                                 index_t lanes, bool far) {
     using T = Compute<X>;
     Sums sums;
-    T pdy[kLeafLanes], px[kLeafLanes], pw[kLeafLanes];
-    fetch(k.isa, w, rows, lanes, pw);
+    T pw[kLeafLanes];
+    gather(k.isa, w, rows, lanes, pw);
     if (!s.scale && contiguous<X>(dy, lanes) && contiguous<X>(x, lanes)) {
         const SumSeries one{in(dy), in(x), packed(pw, lanes), rows, lanes, 0, 0, 1};
         k.direct.sums_along[1](&one, 1, s, far, &sums);
         return sums;
     }
-    fetch(k.isa, dy, rows, lanes, pdy);
-    fetch(k.isa, x, rows, lanes, px);
-    multiply(s, rows, lanes, px);
-    const SumSeries one{packed(pdy, lanes), packed(px, lanes), packed(pw, lanes), rows, lanes, 0, 0, 1};
-    k.packed.sums_along[1](&one, 1, s, false, &sums);
+    with_buffers(k, s.scale, [&](const auto& kernels) {
+        using E = typename std::decay_t<decltype(kernels)>::Element;
+        E pdy[kLeafLanes], px[kLeafLanes];
+        gather(k.isa, dy, rows, lanes, pdy);
+        gather(k.isa, x, rows, lanes, px);
+        if constexpr (std::is_same_v<E, T>) multiply(s, rows, lanes, px);
+        const SumSeries one{packed(pdy, lanes), packed(px, lanes), packed(pw, lanes), rows, lanes, 0, 0, 1};
+        kernels.sums_along[1](&one, 1, s, false, &sums);
+    });
     return sums;
 }
 
@@ -364,6 +459,29 @@ void sums_of_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, cons
 }
 
 template <class X>
+void sums_across(const KernelPair<X>& k, const Strided& dy, const Strided& x, const TileStatistics<Compute<X>>& s,
+                 index_t rows, index_t lanes, Sums* out) {
+    using T = Compute<X>;
+    if (!s.scale && contiguous<X>(dy, lanes) && contiguous<X>(x, lanes)) {
+        k.direct.sums_across(in(dy), in(x), s, rows, lanes, out);
+        return;
+    }
+    with_buffers(k, s.scale, [&](const auto& kernels) {
+        using E = typename std::decay_t<decltype(kernels)>::Element;
+        constexpr index_t kMost = 2 * kLeafLanes;
+        E pdy[kMost], px[kMost];
+        const index_t some = kMost / lanes;
+        for (index_t r = 0; r < rows; r += some) {
+            const index_t n = rows - r < some ? rows - r : some;
+            gather(k.isa, shifted(dy, r, 0), n, lanes, pdy);
+            gather(k.isa, shifted(x, r, 0), n, lanes, px);
+            if constexpr (std::is_same_v<E, T>) multiply(s, n, lanes, px);
+            kernels.sums_across(packed(pdy, lanes), packed(px, lanes), s, n, lanes, out + r);
+        }
+    });
+}
+
+template <class X>
 void moments_along(const KernelPair<X>& k, const LeafSeries* series, index_t n, index_t lane, bool center, bool far,
                    Moments* out, Unwritten<X>* beside) {
     if (lane == index_t{sizeof(X)}) {
@@ -374,13 +492,13 @@ void moments_along(const KernelPair<X>& k, const LeafSeries* series, index_t n, 
         }
         return;
     }
-    Compute<X> px[kLeafLanes];
+    X px[kLeafLanes];
     for (const LeafSeries* s = series; s < series + n; ++s) {
         LeafSeries one{packed(px, s->lanes), s->origin, s->rows, s->lanes, 0, 1};
         Strided x{s->x.p, s->x.row, lane, kDtype<X>};
         for (index_t i = 0; i < s->leaves; ++i, x.p += s->leaf, one.origin.p += s->origin.row) {
-            fetch(k.isa, x, s->rows, s->lanes, px);
-            k.packed.moments_along(&one, 1, center, false, out++);
+            gather(k.isa, x, s->rows, s->lanes, px);
+            k.direct.moments_along(&one, 1, center, false, out++);
         }
     }
 }
@@ -416,13 +534,13 @@ void moments_down(const KernelPair<X>& k, Strided x, const Compute<X>* origin, i
         k.direct.moments_down(in(x), origin, rows, lanes, seen, center, far, mean, M2);
         return;
     }
-    Compute<X> px[kLeafRows * kPatchLanes];
+    X px[kLeafRows * kPatchLanes];
     for (index_t r = 0; r < rows; r += kLeafRows) {
         const index_t n_rows = rows - r < kLeafRows ? rows - r : kLeafRows;
         for (index_t l = 0; l < lanes; l += kPatchLanes) {
             const index_t n = lanes - l < kPatchLanes ? lanes - l : kPatchLanes;
-            fetch(k.isa, shifted(x, r, l), n_rows, n, px);
-            k.packed.moments_down(packed(px, n), origin ? origin + l : origin, n_rows, n, seen + r, center, false,
+            gather(k.isa, shifted(x, r, l), n_rows, n, px);
+            k.direct.moments_down(packed(px, n), origin ? origin + l : origin, n_rows, n, seen + r, center, false,
                                   mean + l, M2 + l);
         }
     }
@@ -434,7 +552,8 @@ template Strided zero<float>();
 template Strided zero<double>();
 
 #define NORMKIT_INSTANTIATE(name, X, T)                                                                                \
-    template void gather<X>(Strided, index_t, index_t, X*);                                                            \
+    template void gather<X>(const Isa&, const Strided&, index_t, index_t, X*);                                         \
+    template void gather<X>(const Isa&, const Nest&, Operand, const char*, Dtype, index_t, index_t, X*);               \
     template void apply<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&,         \
                            index_t, index_t, bool);                                                                    \
     template void backward<X>(const KernelPair<X>&, Strided, Strided, Strided, Strided, const TileStatistics<T>&,      \
@@ -443,6 +562,8 @@ template Strided zero<double>();
                                 index_t, bool);                                                                        \
     template void sums_of_rows<X>(const KernelPair<X>&, Strided, Strided, Strided, const TileStatistics<T>&, index_t,  \
                                   index_t, bool, Sums*);                                                               \
+    template void sums_across<X>(const KernelPair<X>&, const Strided&, const Strided&, const TileStatistics<T>&,       \
+                                 index_t, index_t, Sums*);                                                             \
     template void moments_along<X>(const KernelPair<X>&, const LeafSeries*, index_t, index_t, bool, bool, Moments*,    \
                                    Unwritten<X>*);                                                                     \
     template bool to_write_beside<X>(const ApplyTo<X>&, Unwritten<X>*);                                                \
@@ -458,7 +579,5 @@ template Strided zero<double>();
     template void moments_down<X>(const KernelPair<X>&, Strided, const T*, index_t, index_t, index_t, bool, bool,      \
                                   double*, double*);
 NORMKIT_FOR_DTYPES(NORMKIT_INSTANTIATE)
-template void fetch<float>(const Isa&, Strided, index_t, index_t, float*);
-template void fetch<double>(const Isa&, Strided, index_t, index_t, double*);
 
 }  // namespace normkit::cpu

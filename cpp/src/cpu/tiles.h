@@ -1,7 +1,7 @@
 // Tiles with any strides, brought before the kernels. A kernel wants contiguous lanes, and w and b that are both one a
 // row or both one a lane, and of the type of arithmetic. Where an operand is not like that, or a set has to be scaled,
-// the tile goes through buffers in L1, a patch at a time, and is converted on the way; the bits are the same. So do w
-// and b alone, if nothing else is in the way. Nothing is ever copied as a whole.
+// the tile goes through buffers in L1, a patch at a time; the bits are the same. So do w and b alone, if nothing else
+// is in the way. Nothing is ever copied as a whole.
 #pragma once
 
 #include "../nest.h"
@@ -40,7 +40,7 @@ struct ApplyTo {
     bool stream = false, far = false, beyond_l3 = false, lines = false;  // as in Unwritten
 };
 
-// The kernels for elements as they lie in memory, and for buffers, whose elements are of the type of arithmetic.
+// The kernels for elements as they lie in memory, and for buffers of scaled sets, which are of the type of arithmetic.
 template <class X>
 struct KernelPair {
     const Kernels<X>& direct;
@@ -94,6 +94,11 @@ template <class X>
 void sums_of_rows(const KernelPair<X>& k, Strided dy, Strided x, Strided w, const TileStatistics<Compute<X>>& s,
                   index_t leaves, index_t lanes, bool far, Sums* out);
 
+// As the kernel.
+template <class X>
+void sums_across(const KernelPair<X>& k, const Strided& dy, const Strided& x, const TileStatistics<Compute<X>>& s,
+                 index_t rows, index_t lanes, Sums* out);
+
 // As the kernels, of lanes that lie `lane` bytes apart. beside: a tile to be written meanwhile.
 template <class X>
 void moments_along(const KernelPair<X>& k, const LeafSeries* series, index_t n, index_t lane, bool center, bool far,
@@ -119,13 +124,14 @@ template <class X>
 void moments_down(const KernelPair<X>& k, Strided x, const Compute<X>* origin, index_t rows, index_t lanes,
                   index_t seen, bool center, bool far, double* mean, double* M2);
 
-// Copies a tile into rows of `lanes` elements: as they are (E: the element type of `from`), or converted (E: a type of
-// arithmetic).
+// Copies a tile into rows of `lanes` elements: as they are (E: the element type of `from`), or converted by kernels (E:
+// a type of arithmetic).
 template <class E>
-void gather(Strided from, index_t rows, index_t lanes, E* out);
+void gather(const Isa& isa, const Strided& from, index_t rows, index_t lanes, E* out);
 
-// The same to a type of arithmetic, by a kernel where one converts what follows each other.
-template <class T>
-void fetch(const Isa& isa, Strided from, index_t rows, index_t lanes, T* out);
+// The same for elements [first, first + n) of an operand that a nest describes, in its order.
+template <class E>
+void gather(const Isa& isa, const Nest& nest, Operand o, const char* base, Dtype dtype, index_t first, index_t n,
+            E* out);
 
 }  // namespace normkit::cpu

@@ -170,11 +170,11 @@ void with_weights(const char* weight, Dtype dtype, F f) {
     });
 }
 
-// The gradients of parameters first, first + 1, ..., to whichever of the caller's arrays there are.
-inline void write_parameters(const BackwardCall& call, index_t first, index_t n, const Sums* sums) {
+// The gradients of n parameters, `stride` apart, to whichever of the caller's arrays there are.
+inline void write_parameters(const BackwardCall& call, index_t first, index_t stride, index_t n, const Sums* sums) {
     constexpr index_t kStep = sizeof(Sums) / sizeof(double);
-    write_doubles(call.dweight, call.dweight_dtype, first, 1, n, &sums->g_xhat, kStep);
-    write_doubles(call.dbias, call.dbias_dtype, first, 1, n, &sums->g, kStep);
+    write_doubles(call.dweight, call.dweight_dtype, first, stride, n, &sums->g_xhat, kStep);
+    write_doubles(call.dbias, call.dbias_dtype, first, stride, n, &sums->g, kStep);
 }
 
 inline Buffer<Sums> zeroed_sums(const BackwardCall& call) {
@@ -182,10 +182,5 @@ inline Buffer<Sums> zeroed_sums(const BackwardCall& call) {
     for (index_t p = 0; p < call.parameters; ++p) sums[p] = {};
     return sums;
 }
-
-// The gradients of the parameters where neither walk comes by them on its way (axes that carry parameters lie outside
-// or between the ones that are summed): each in double, over all elements that share it.
-template <class X>
-void sum_parameters(const Plan& plan, const BackwardCall& call, int threads);
 
 }  // namespace normkit::cpu
