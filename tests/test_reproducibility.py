@@ -38,6 +38,10 @@ BIG = [
     Case("batch", (300, 8, 9, 10), {"channel_axis": 1}),
     Case("batch", (7, 601, 7, 7), {"channel_axis": 1}),
     Case("batch", (70, 40, 8, 8), {"channel_axis": 1}),
+    Case("batch", (9, 500, 6, 5), {"channel_axis": 1}),
+    Case("batch", (140, 70, 4, 4), {"channel_axis": 1}),
+    Case("batch", (3, 5000, 3, 3), {"channel_axis": 1}),
+    Case("batch", (9000, 8, 2), {"channel_axis": 1}),
     Case("batch", (9, 130, 10, 12), {"channel_axis": 1}),
     Case("batch", (5, 160, 14, 14), {"channel_axis": 1}),
     Case("batch", (6, 90, 17, 17), {"channel_axis": 1}),
@@ -50,6 +54,8 @@ BIG = [
     Case("instance", (2, 3, 160, 161), {"channel_axis": 1}, "channels last"),
     Case("group", (2, 8, 96, 97), {"num_groups": 2, "channel_axis": 1}),
     Case("group", (2, 96, 97, 8), {"num_groups": 2, "channel_axis": -1}),
+    Case("group", (70, 60, 6, 7), {"num_groups": 20, "channel_axis": 1}),
+    Case("group", (1400, 96), {"num_groups": 12, "channel_axis": 1}),
     Case("group", (2, 30, 31, 192), {"num_groups": 2, "channel_axis": -1}),
     Case("group", (1, 12, 13, 2304), {"num_groups": 24, "channel_axis": -1}),
     Case("group", (1, 20, 21, 600), {"num_groups": 2, "channel_axis": -1}),
@@ -80,6 +86,9 @@ BIG_OF_OTHERS = [
         Case("batch", (3, 4, 70, 71), {"channel_axis": 1}),
         Case("batch", (3, 4, 70, 71), {"channel_axis": 1}, "channels last"),
         Case("batch", (8, 130, 7, 7), {"channel_axis": 1}),
+        Case("batch", (32, 100, 4, 4), {"channel_axis": 1}),
+        Case("group", (42, 60, 4, 5), {"num_groups": 20, "channel_axis": 1}),
+        Case("group", (520, 96), {"num_groups": 12, "channel_axis": 1}),
         Case("batch", (3, 90, 14, 14), {"channel_axis": 1}),
         Case("batch", (3, 7, 50, 50), {"channel_axis": 1}),
         Case("group", (2, 17, 16, 96), {"num_groups": 2, "channel_axis": -1}),
@@ -454,7 +463,7 @@ def test_row_by_row_with_extreme_parameters(rng, norm, of_weight, of_bias):
 
 
 @pytest.mark.parametrize(("of_weight", "of_bias"), [(-1, -0.0), (np.inf, 0.0), (3e38, 1.0)], ids=str)
-@pytest.mark.parametrize("shape", [(12, 66, 50), (12, 66, 7, 7), (12, 66, 700)], ids=str)
+@pytest.mark.parametrize("shape", [(12, 66, 50), (12, 66, 7, 7), (12, 66, 700), (12, 66, 4, 4), (12, 66, 2)], ids=str)
 def test_a_set_that_is_scaled_changes_no_other(rng, shape, of_weight, of_bias):
     """Its neighbours, whose mean is exactly 0, have the same bits beside it as without it, on every path."""
     half = shape[0] // 2
@@ -481,7 +490,11 @@ def test_a_set_that_is_scaled_changes_no_other(rng, shape, of_weight, of_bias):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 9, 10, 192), (3, 192, 9, 10)], ids=["channels last", "channels first"])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 9, 10, 192), (3, 192, 9, 10), (3, 192, 2, 2)],
+    ids=["channels last", "channels first", "tiny images"],
+)
 def test_groups_whose_mean_is_zero(rng, shape, dtype):
     """Dead channels (all zero), and such as cancel: the bias is added as it is, on every path, alone and in a batch."""
     axis = -1 if shape[-1] == 192 else 1
@@ -623,6 +636,8 @@ PER_SAMPLE = [
     Case("instance", (5, 3, 50, 51), {"channel_axis": 1}),
     Case("instance", (5, 3, 50, 51), {"channel_axis": 1}, "channels last"),
     Case("group", (9, 6, 33), {"num_groups": 2, "channel_axis": 1}),
+    Case("group", (9, 120, 3, 3), {"num_groups": 40, "channel_axis": 1}),
+    Case("group", (40, 60), {"num_groups": 12, "channel_axis": 1}),
     Case("group", (9, 33, 6), {"num_groups": 2, "channel_axis": -1}),
     Case("group", (9, 220, 130), {"num_groups": 2, "channel_axis": -1}),
     Case("group", (5, 8, 50, 51), {"num_groups": 2, "channel_axis": 1}),
@@ -632,6 +647,7 @@ PER_SAMPLE = [
     Case("layer", (5, 3, 50, 51), {"normalized_shape": (3, 50, 51)}),
     Case("layer", (5, 3, 50, 51), {"normalized_shape": (3, 50, 51)}, "channels last"),
     Case("layer", (9, 4, 300), {"normalized_shape": (300,)}),
+    Case("layer", (5, 9, 7, 19), {"normalized_shape": (19,)}, "channels first"),
     Case("rms", (70, 33), {"normalized_shape": (33,)}),
     Case("rms", (70, 5000), {"normalized_shape": (5000,)}),
     Case("rms", (9, 4, 300), {"normalized_shape": (300,)}),
@@ -687,10 +703,11 @@ def test_a_sample_alone_with_many_parameters_of_another_dtype(rng, norm):
 
 
 @pytest.mark.parametrize("channels", [slice(0, 2), slice(3, 7), slice(None, None, 3)])
+@pytest.mark.parametrize("shape", [(4, 7, 40, 41), (40, 7, 4, 4), (3, 7, 5), (200, 7, 2)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_channels_alone_and_together(rng, channels, dtype):
+def test_channels_alone_and_together(rng, channels, shape, dtype):
     """What holds for samples holds for the channels of batch norm: no set knows of another."""
-    x = random(rng, (4, 7, 40, 41), 1e2, dtype=dtype)
+    x = random(rng, shape, 1e2, dtype=dtype)
     for memory in ("C", "channels last"):
         a = MEMORY[memory](x)
         part = MEMORY[memory](x[:, channels])

@@ -50,7 +50,10 @@ Plan make_plan(const Problem& problem) {
 
     // Sets of one element (batch norm of one vector) are columns of one row.
     const bool channels = run_begin == axes.n - 1 && axes.axis[run_begin].grouped && run <= kMostMerged;
-    const bool rows = run_begin < axes.n && ((run >= kShortestRun && !channels) || !reduced_outside);
+    Nest outside;
+    while (outside.n < kept_begin && axes.axis[outside.n].reduced) outside.push(axes.axis[outside.n]);
+    const bool images = outside.n == kept_begin && collapse(outside, bit(kX)).n == 1;
+    const bool rows = run_begin < axes.n && (((run >= kShortestRun || images) && !channels) || !reduced_outside);
     plan.walk = rows ? Walk::rows : Walk::columns;
 
     constexpr unsigned kAll = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);

@@ -35,9 +35,10 @@ struct Plan {
     Axis merge;  // columns
 };
 
-// A run of at least this many elements is walked as rows although other axes of the set lie outside it; a shorter one
-// becomes lanes that are merged. So do the channels of a group (NHWC) if they are no more than kMostMerged:
-// neighbouring groups are neighbours in memory, where neighbouring images of batch norm lie apart
+// A run of at least this many elements is walked as rows although other axes of the set lie outside it, and so are the
+// images of batch norm however small: their runs lie one distance apart, with the other sets in between. Other runs
+// that are shorter become lanes that are merged. So do the channels of a group (NHWC) if they are no more than
+// kMostMerged: neighbouring groups are neighbours in memory, where neighbouring images of batch norm lie apart
 // (docs/decisions/0002-schedule.md).
 constexpr index_t kShortestRun = 48;
 constexpr index_t kMostMerged = 256;

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <initializer_list>
 #include <optional>
 
 #include "walks.h"
@@ -271,19 +272,24 @@ class SetTiles {
 
     Offsets neighbour(index_t i) const { return offsets(next, i); }
 
-    // Whether the sets' runs can be taken for one row of lanes, and should where each of their elements has parameters
-    // of its own (group norm in NHWC): they lie side by side, several times one behind the other, and so do the
-    // parameters, once. What is the same for a lane of all rows is then worked out once.
+    // Whether the sets' runs can be taken for one row of lanes: they lie side by side, once, or several times one
+    // behind the other. What is the same for a lane of all rows is then worked out once. It pays where `parameters` are
+    // one an element, side by side and once (group norm in NHWC), and where runs are short (tiny images, vectors of
+    // channels).
     template <class T>
-    bool go_in_rows() const {
+    bool go_in_rows(std::initializer_list<Operand> data, std::initializer_list<Operand> parameters) const {
         if (!interleaved_ || elements_.n != 2) return false;
         const Axis &rows = elements_.axis[0], &run = elements_.inner();
-        if (rows.extent < kLeastRows || run.extent > kRowLanes<T> / 2) return false;
-        for (int o : {kX, kY, kWeight, kBias}) {
-            if (next.stride[o] != run.stride[o] * run.extent) return false;
-        }
-        return rows.stride[kWeight] == 0 && rows.stride[kBias] == 0;
+        if (run.extent > kRowLanes<T> / 2) return false;
+        const bool short_runs = run.extent <= kLongestRepeated;
+        const auto side_by_side = [&](Operand o) { return next.stride[o] == run.stride[o] * run.extent; };
+        return (short_runs || rows.extent >= kLeastRows) && std::all_of(data.begin(), data.end(), side_by_side) &&
+               std::all_of(parameters.begin(), parameters.end(), [&](Operand o) {
+                   return rows.stride[o] == 0 && (run.stride[o] == 0 ? short_runs : side_by_side(o));
+               });
     }
+    // A run's elements, at most, for which what is one a set is written down for each lane.
+    static constexpr index_t kLongestRepeated = 48;
     template <class T>
     static constexpr index_t kRowLanes = 8192 / sizeof(T);
 
@@ -304,6 +310,27 @@ class SetTiles {
                 for (int o = 0; o < kOperands; ++o) at.at[o] += r * rows.rows.stride[o];
                 f(rows, at, first, std::min(per, n_sets - first));
             }
+        }
+    }
+
+    // Whether the rows of neighbouring sets follow each other as those of a set do, and so do the parameters, one a row
+    // (group norm in NCHW). Those of small sets can then be taken for the rows of one.
+    bool stack(std::initializer_list<Operand> operands) const {
+        if (interleaved_ || at_once_ == 1 || elements_.n != 2 || elements_.size() > kLargestStacked) return false;
+        const Axis& rows = elements_.axis[0];
+        return std::all_of(operands.begin(), operands.end(),
+                           [&](Operand o) { return next.stride[o] == rows.stride[o] * rows.extent; });
+    }
+
+    // f(rows, at, first, n) for the rows of n_sets sets that begin at `from`: tiles whose rows are those of n sets.
+    template <class T, class F>
+    void for_stacks(index_t n_sets, const Offsets& from, F f) const {
+        Tiles rows(elements_, 0);
+        const index_t of_set = rows.rows.extent, most = kRowLanes<T> / of_set;
+        for (index_t first = 0, n; first < n_sets && !gives_up(); first += n) {
+            n = std::min(most, n_sets - first);
+            rows.rows.extent = n * of_set;
+            f(rows, from + neighbour(first), first, n);
         }
     }
 
@@ -374,7 +401,7 @@ class SetTiles {
         return Tiles(all, 0);
     }
 
-    static constexpr index_t kLeastRows = 8, kRowsOfPieces = 64;
+    static constexpr index_t kLeastRows = 8, kRowsOfPieces = 64, kLargestStacked = 1024;
     // Bytes of neighbouring runs that sets are worth which their second reading then finds in L2: with fewer, all the
     // neighbours go together, so that memory is read in order (docs/decisions/0002).
     static constexpr index_t kLeastWidth = 4096;
@@ -383,6 +410,38 @@ class SetTiles {
     const index_t at_once_;
     const bool interleaved_;  // and more than one at once
     const Tiles tiles_;       // of as many sets
+};
+
+// What is one a set as one a lane, or one a row, of which n sets have `extent` each: `most` arrays of it.
+template <class T, int most>
+class Repeated {
+  public:
+    Repeated(index_t n, index_t extent) : n_(n), extent_(extent) {}
+
+    const T* operator()(const T* sets) {
+        T* const all = of_[used_++];
+        for (index_t i = 0; i < n_; ++i) std::fill_n(all + i * extent_, extent_, sets[i]);
+        return all;
+    }
+    // lane: as in TileStatistics.
+    TileStatistics<T> operator()(TileStatistics<T> sets, bool of_sums, index_t lane) {
+        for (const T** p : {&sets.hi, &sets.lo, &sets.rstd}) *p = (*this)(*p);
+        for (const T** p : {&sets.mean_g, &sets.mean_g_xhat}) *p = of_sums ? (*this)(*p) : nullptr;
+        sets.row = 1 - lane;
+        sets.lane = lane;
+        return sets;
+    }
+    // A parameter; `next`: bytes from set to set.
+    Strided operator()(const Isa& isa, const char* p, index_t next, Dtype dtype) {
+        T sets[kSetsAtOnce];
+        gather(isa, {p, 0, next, dtype}, 1, n_, sets);
+        return {reinterpret_cast<const char*>((*this)(sets)), 0, sizeof(T), kDtype<T>};
+    }
+
+  private:
+    const index_t n_, extent_;
+    int used_ = 0;
+    T of_[most][SetTiles::kRowLanes<T>];
 };
 
 }  // namespace normkit::cpu

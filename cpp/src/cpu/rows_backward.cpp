@@ -71,6 +71,8 @@ class RowsBackward {
           tiles_(plan, elements_, 2 * sizeof(X), Together::sums),
           side_by_side_(index_.size() == 1 && tiles_.interleaved() && leaves_.rows > 1 &&
                         run_.size() <= kLongestSideBySide),
+          in_rows_(elements_.inner().stride[kWeight] == 0 && tiles_.template go_in_rows<T>({kX, kDy, kY}, {kWeight})),
+          stacked_(tiles_.stack({kX, kDy, kY, kWeight})),
           storage_(plan.sets * SetStatistics<T>::kArrays),
           statistics_(storage_.get(), plan.sets) {}
 
@@ -342,7 +344,35 @@ class RowsBackward {
         }
     }
 
+    // As in the forward pass: sets of short runs as rows.
+    bool dx_in_rows(index_t first, index_t n) const {
+        if (!in_rows_ || statistics_.tile(first, 1, 0, n).scale) return false;
+        tiles_.template for_rows<T>(
+            n, plan_.kept.offsets(first), [&](const Tiles& rows, const Offsets& at, index_t set, index_t sets) {
+                const index_t extent = rows.lanes.extent;
+                Repeated<T, 6> lanes(sets, extent);
+                const TileStatistics<T> s = lanes(statistics_.tile(first + set, 1, 0, sets), wants_set_sums(), 1);
+                const Strided w = call_.weight ? lanes(k_.isa, call_.weight + at[kWeight], tiles_.next.stride[kWeight],
+                                                       call_.weight_dtype)
+                                               : one<T>();
+                write_dx(k_, call_, at, rows, rows.rows.extent, sets * extent, w, s, {}, schedule_.stream);
+            });
+        return true;
+    }
+
+    bool dx_stacked(index_t first, index_t n) const {
+        if (!stacked_ || statistics_.tile(first, 1, 0, n).scale) return false;
+        tiles_.template for_stacks<T>(
+            n, plan_.kept.offsets(first), [&](const Tiles& rows, const Offsets& at, index_t set, index_t sets) {
+                Repeated<T, 5> of_rows(sets, rows.rows.extent / sets);
+                write_dx(k_, call_, at, rows, rows.rows.extent, rows.lanes.extent,
+                         of_rows(statistics_.tile(first + set, 1, 0, sets), wants_set_sums(), 0), {}, schedule_.stream);
+            });
+        return true;
+    }
+
     void dx_of_sets(index_t first, index_t n) const {
+        if (n > 1 && (dx_in_rows(first, n) || dx_stacked(first, n))) return;
         const Offsets from = plan_.kept.offsets(first);
         const SetTiles::Of all(tiles_, n);
         for (index_t i = 0; i < all.count(); ++i) {
@@ -538,15 +568,22 @@ class RowsBackward {
             return;
         }
         load_statistics(set, n);
-        const Offsets at = plan_.kept.offsets(set);
+        sums_of_alike(plan_.kept.offsets(set), next, n);
+    }
+
+    // The same for sets that are a row each, have their parameters in common and lie at one distance, that of `next`.
+    // Their statistics have been loaded.
+    void sums_of_alike(const Offsets& at, const Axis& next, index_t n) {
         const Leaves::Leaf row = leaves_[0];
         Strided dy = read_dy_(call_.dy + at[kDy], row, nullptr), x = read_x_(call_.x + at[kX], row, nullptr);
         dy.row = next.stride[kDy];
         x.row = next.stride[kX];
-        const Strided w = call_.weight ? read_w_(call_.weight, row, nullptr) : one<T>();
+        const Strided w = call_.weight ? read_w_(call_.weight + at[kWeight], row, nullptr) : one<T>();
+        const index_t set = at[kSet], step = next.stride[kSet];
         Sums sums[kSumRows];
-        sums_of_rows(k_, dy, x, w, statistics_.tile(set, 1, 0, n), n, row.lanes, schedule_.far, sums);
-        finish(set, n, sums);
+        sums_of_rows(k_, dy, x, w, statistics_.tile(set, step, 0, n), n, row.lanes, schedule_.far, sums);
+        if (step == 1) return finish(set, n, sums);
+        for (index_t i = 0; i < n; ++i) finish(set + i * step, 1, sums + i);
     }
 
     void all_set_sums() {
@@ -555,6 +592,21 @@ class RowsBackward {
             const Buffer<Sums> sums(plan_.sets);
             sweep_sums(sums);
             return;
+        }
+        if (wants_set_sums() && plan_.kept.n == 2 && leaf_is_set_) {
+            // Neighbours that have parameters of their own (group norm of vectors): those of several rows that have
+            // not.
+            const Axis &rows = plan_.kept.axis[0], &sets = plan_.kept.axis[1];
+            if (rows.stride[kWeight] == 0 && sets.stride[kWeight] != 0) {
+                load_statistics(0, plan_.sets);
+                parallel_for((rows.extent + kSumRows - 1) / kSumRows, schedule_.threads, [&](index_t i) {
+                    const index_t r = i * kSumRows, n = std::min(index_t{kSumRows}, rows.extent - r);
+                    for (index_t set = 0; set < sets.extent; ++set) {
+                        sums_of_alike(offsets(rows, r) + offsets(sets, set), rows, n);
+                    }
+                });
+                return;
+            }
         }
         const SetPieces pieces(plan_, 2 * sizeof(X), schedule_, tiles_.at_once());
         parallel_for(pieces.count(), schedule_.threads, [&](index_t i) {
@@ -577,6 +629,7 @@ class RowsBackward {
     const bool in_series_;  // kernels read dy and x as they lie, leaf by leaf
     const SetTiles tiles_;
     const bool side_by_side_;
+    const bool in_rows_, stacked_;  // how dx of neighbouring sets is written
     const Buffer<T> storage_;
     SetStatistics<T> statistics_;
 };

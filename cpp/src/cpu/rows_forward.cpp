@@ -1,7 +1,5 @@
 // The rows walk, forward: moments set by set, then y; or those of one set beside the writing of another.
 
-#include <utility>
-
 #include "rows.h"
 
 namespace normkit::cpu {
@@ -13,22 +11,6 @@ static_assert(kLeavesAtOnce >= kSetsAtOnce, "leaves of all sets at once");
 template <class T>
 constexpr index_t kGivenAtOnce = 2048 / static_cast<index_t>(sizeof(T));
 constexpr unsigned kForwardOperands = bit(kX) | bit(kY) | bit(kWeight) | bit(kBias);
-
-// The statistics of n sets, each for `extent` lanes.
-template <class T>
-struct Lanes {
-    Lanes(const TileStatistics<T>& sets, index_t n, index_t extent) {
-        for (auto [one, all] : {std::pair{sets.hi, hi}, std::pair{sets.lo, lo}, std::pair{sets.rstd, rstd}}) {
-            for (index_t i = 0; i < n; ++i) std::fill_n(all + i * extent, extent, one[i]);
-        }
-        statistics.hi = hi;
-        statistics.lo = lo;
-        statistics.rstd = rstd;
-        statistics.lane = 1;
-    }
-    TileStatistics<T> statistics;
-    T hi[SetTiles::kRowLanes<T>], lo[SetTiles::kRowLanes<T>], rstd[SetTiles::kRowLanes<T>];
-};
 
 template <class X>
 class RowsForward {
@@ -49,6 +31,7 @@ class RowsForward {
           in_place_(read_x_.in_place(leaves_.rows)),
           tiles_(plan, elements_, sizeof(X), together(call, schedule), call.given ? kGivenAtOnce<T> : kSetsAtOnce),
           in_rows_(goes_in_rows()),
+          stacked_(tiles_.stack({kX, kY, kWeight, kBias})),
           y_on_lines_(lies_on_lines()) {}
 
     void run() {
@@ -402,17 +385,19 @@ class RowsForward {
     }
 
     void write(const Batch& batch) const {
-        if (batch.n > 1 && write_in_rows(batch)) return;
+        if (batch.n > 1 && (write_in_rows(batch) || write_stacked(batch))) return;
         const SetTiles::Of all(tiles_, batch.n);
         for (index_t i = 0; i < all.count() && !gives_up(); ++i) apply(k_, tile_of(batch, all, i));
     }
 
     bool goes_in_rows() const {
         const auto as_it_lies = [&](const char* base, Dtype dtype, Operand o) {
-            return !base || (dtype == kDtype<T> && elements_.inner().stride[o] == index_t{sizeof(T)});
+            const index_t lane = elements_.inner().stride[o];
+            return !base || lane == 0 || (dtype == kDtype<T> && lane == index_t{sizeof(T)});
         };
-        return (call_.weight || call_.bias) && as_it_lies(call_.weight, call_.weight_dtype, kWeight) &&
-               as_it_lies(call_.bias, call_.bias_dtype, kBias) && tiles_.template go_in_rows<T>();
+        return as_it_lies(call_.weight, call_.weight_dtype, kWeight) &&
+               as_it_lies(call_.bias, call_.bias_dtype, kBias) &&
+               tiles_.template go_in_rows<T>({kX, kY}, {kWeight, kBias});
     }
 
     // Whether all rows of y begin on lines.
@@ -428,9 +413,28 @@ class RowsForward {
         tiles_.template for_rows<T>(
             batch.n, batch.at, [&](const Tiles& rows, const Offsets& at, index_t first, index_t n) {
                 const index_t extent = rows.lanes.extent;
-                const Lanes<T> lanes(batch.statistics.tile(first, 1, 0, n), n, extent);
-                apply(k_, tile_at(at, rows, {Offsets{}, rows.rows.extent, n * extent}, lanes.statistics));
+                Repeated<T, 5> lanes(n, extent);
+                ApplyTo<X> tile = tile_at(at, rows, {Offsets{}, rows.rows.extent, n * extent},
+                                          lanes(batch.statistics.tile(first, 1, 0, n), false, 1));
+                const auto repeat = [&](const char* base, Dtype dtype, Operand o, Strided* parameter) {
+                    if (!base || parameter->lane != 0) return;
+                    *parameter = lanes(k_.isa, base + at[o], tiles_.next.stride[o], dtype);
+                };
+                repeat(call_.weight, call_.weight_dtype, kWeight, &tile.w);
+                repeat(call_.bias, call_.bias_dtype, kBias, &tile.b);
+                apply(k_, tile);
             });
+        return true;
+    }
+
+    bool write_stacked(const Batch& batch) const {
+        if (!stacked_ || batch.statistics.tile(0, 1, 0, batch.n).scale) return false;
+        tiles_.template for_stacks<T>(batch.n, batch.at,
+                                      [&](const Tiles& rows, const Offsets& at, index_t first, index_t n) {
+                                          Repeated<T, 3> of_rows(n, rows.rows.extent / n);
+                                          apply(k_, tile_at(at, rows, {Offsets{}, rows.rows.extent, rows.lanes.extent},
+                                                            of_rows(batch.statistics.tile(first, 1, 0, n), false, 0)));
+                                      });
         return true;
     }
 
@@ -520,7 +524,7 @@ class RowsForward {
     const Nest set_, elements_;
     const bool in_place_;  // kernels read x as it lies, leaf by leaf
     const SetTiles tiles_;
-    const bool in_rows_;  // as which neighbouring sets are written
+    const bool in_rows_, stacked_;  // how neighbouring sets are written
     const bool y_on_lines_;
 };
 

@@ -114,14 +114,13 @@ void finish_sets(const ForwardCall& call, const Nest& axes, const char* x, index
 }
 
 // dx on a tile (if wanted), and the sums of dy and dy * xhat down its lanes (where those are wanted).
-// Constant statistics: dx = rstd * w * dy is the forward formula on dy with mean 0; it needs lanes <= 2048 where s.lane
-// is 1, and s.row = 0 where it is 0.
+// Constant statistics: dx = rstd * w * dy is the forward formula on dy with mean 0; it needs no more than 2,048 lanes
+// where s.lane is 1, and rows where s.row is.
 template <class X>
 void write_dx(const KernelPair<X>& k, const BackwardCall& call, const Offsets& at, const Tiles& tiles, index_t rows,
-              index_t lanes, const TileStatistics<Compute<X>>& s, DownSums sums, bool stream) {
+              index_t lanes, const Strided& w, const TileStatistics<Compute<X>>& s, DownSums sums, bool stream) {
     using T = Compute<X>;
     const Strided dy = operand(call.dy, call.dtype, at, tiles, kDy), x = operand(call.x, call.dtype, at, tiles, kX);
-    const Strided w = parameter(call.weight, call.weight_dtype, at, tiles, kWeight, one<T>());
     const Strided dx = operand(call.dx, call.dtype, at, tiles, kY);
     if (call.dx && !call.constant_statistics) {
         backward(k, dy, x, w, dx, s, rows, lanes, sums, stream);
@@ -133,6 +132,12 @@ void write_dx(const KernelPair<X>& k, const BackwardCall& call, const Offsets& a
         about_zero.hi = about_zero.lo = reinterpret_cast<const T*>(zero<T>().p);
         apply(k, dy, dx, w, zero<T>(), about_zero, rows, lanes, stream);
     }
+}
+template <class X>
+void write_dx(const KernelPair<X>& k, const BackwardCall& call, const Offsets& at, const Tiles& tiles, index_t rows,
+              index_t lanes, const TileStatistics<Compute<X>>& s, DownSums sums, bool stream) {
+    const Strided w = parameter(call.weight, call.weight_dtype, at, tiles, kWeight, one<Compute<X>>());
+    write_dx(k, call, at, tiles, rows, lanes, w, s, sums, stream);
 }
 
 // n numbers, `step` apart, to an array (null: none), `stride` elements apart.
