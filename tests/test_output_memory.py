@@ -80,7 +80,7 @@ def run_script(script):
 # --- what a result is -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 10, 409, 410, 511, 512, 513, 1000, 3000])  # of 4 KiB; 1.6 MiB are 409.6
+@pytest.mark.parametrize("rows", [1, 3, 4, 10, 409, 410, 511, 512, 513, 1000, 3000])  # of 4 KiB; 1.6 MiB are 409.6
 def test_a_result_is_an_array_like_any_other(rows, rng):
     """It owns its memory, can be resized, viewed, pickled; NumPy's own memory stays what it was."""
     x = random(rng, (rows, 1024))
@@ -92,6 +92,15 @@ def test_a_result_is_an_array_like_any_other(rows, rng):
     assert np.array_equal(y[:rows], expected) and not y[rows:].any()
     y.resize((1, 1024), refcheck=False)
     assert np.array_equal(y, expected[:1])
+
+
+@pytest.mark.parametrize("rows", [4, 5, 17, 100, 409])
+def test_smaller_results_begin_on_a_line(rng, rows):
+    x = random(rng, (rows, 1024))
+    kept = []  # so that every result is a fresh one
+    for _ in range(5):
+        kept += [norm(x), nk.layer_norm_backward(x, x, *statistics(x), 1024)[0], np.empty(3, np.uint8)]
+    assert all(address(y) % 64 == 0 for y in kept if y.size > 3)
 
 
 @needs_linux
@@ -226,7 +235,8 @@ def test_numpy_keeps_its_own_memory(x):
     handler_name = np._core.multiarray.get_handler_name if hasattr(np, "_core") else np.core.multiarray.get_handler_name
     y = norm(x)
     assert handler_name(y) == "normkit"
-    assert {handler_name(a) for a in (x, y.copy(), y + 1, norm(x[:4]))} == {handler_name()} == {"default_allocator"}
+    assert handler_name(norm(x[:4])) == "normkit_lined_up"
+    assert {handler_name(a) for a in (x, y.copy(), y + 1, norm(x[:3]))} == {handler_name()} == {"default_allocator"}
 
 
 def test_tracemalloc_sees_results(x):

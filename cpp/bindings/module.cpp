@@ -89,8 +89,8 @@ bool to_view(py::handle o, View* view, bool written = false) {
 // ------------------------------------------------------------------------------------------------------------ results
 
 // Arrays get their memory from the handler of data memory (NEP 49) in force, and remember it: they own what they get
-// from output_memory as they own any other. In force it is a context variable, so ours is set in a context of its own,
-// which is entered while a large array is made. Entering allocates nothing, and leaving can't fail.
+// from output_memory as they own any other. In force it is a context variable, so ours are set in contexts of their
+// own, of which one is entered while an array is made. Entering allocates nothing, and leaving can't fail.
 struct MemoryHandler {
     char name[127];
     std::uint8_t version;
@@ -111,10 +111,20 @@ void* large_calloc(void*, std::size_t n, std::size_t element) {
 void* large_realloc(void*, void* data, std::size_t bytes) { return output_memory::resize(data, bytes); }
 void large_free(void*, void* data, std::size_t) { output_memory::release(data); }
 
+void* lined_up_malloc(void*, std::size_t bytes) { return output_memory::allocate_lined_up(bytes); }
+void* lined_up_calloc(void*, std::size_t n, std::size_t element) {
+    void* const data = output_memory::allocate_lined_up(n * element);
+    return data ? std::memset(data, 0, n * element) : nullptr;
+}
+void* lined_up_realloc(void*, void* data, std::size_t bytes) { return std::realloc(data, bytes); }
+void lined_up_free(void*, void* data, std::size_t) { std::free(data); }
+
 MemoryHandler large_results = {"normkit", 1, {nullptr, large_malloc, large_calloc, large_realloc, large_free}};
+MemoryHandler lined_up_results = {
+    "normkit_lined_up", 1, {nullptr, lined_up_malloc, lined_up_calloc, lined_up_realloc, lined_up_free}};
 
 struct {
-    PyObject* context;  // where the handler is large_results
+    PyObject *large, *lined_up;  // contexts, by the handler in force there
     PyObject* (*get_handler)();
     PyObject* default_handler;
 } numpy_memory;  // set on import
@@ -127,30 +137,38 @@ void find_numpy_memory() {
     numpy_memory.get_handler = reinterpret_cast<PyObject* (*)()>(api[305]);
     numpy_memory.default_handler = *static_cast<PyObject**>(api[306]);
 
-    const py::capsule handler(&large_results, "mem_handler");
-    auto context = py::reinterpret_steal<py::object>(PyContext_New());
-    if (!context || PyContext_Enter(context.ptr()) != 0) throw py::error_already_set();
-    const auto before = py::reinterpret_steal<py::object>(set_handler(handler.ptr()));
-    PyContext_Exit(context.ptr());
-    if (!before) throw py::error_already_set();
-    numpy_memory.context = context.release().ptr();
+    const auto context_of = [&](MemoryHandler* handler) {
+        const py::capsule capsule(handler, "mem_handler");
+        auto context = py::reinterpret_steal<py::object>(PyContext_New());
+        if (!context || PyContext_Enter(context.ptr()) != 0) throw py::error_already_set();
+        const auto before = py::reinterpret_steal<py::object>(set_handler(capsule.ptr()));
+        PyContext_Exit(context.ptr());
+        if (!before) throw py::error_already_set();
+        return context.release().ptr();
+    };
+    numpy_memory.large = context_of(&large_results);
+    numpy_memory.lined_up = context_of(&lined_up_results);
 }
 
-// Enters that context for a large result, unless somebody has set a handler of their own.
+// Enters the context for a result of so many bytes, unless somebody has set a handler of their own.
 class EnterOutputMemory {
   public:
     explicit EnterOutputMemory(std::size_t bytes) {
-        if (bytes < output_memory::kLeast) return;
+        if (bytes < output_memory::kLeastLinedUp) return;
+        PyObject* const context = bytes < output_memory::kLeast ? numpy_memory.lined_up : numpy_memory.large;
         const auto handler = py::reinterpret_steal<py::object>(numpy_memory.get_handler());
-        entered_ = handler.ptr() == numpy_memory.default_handler && PyContext_Enter(numpy_memory.context) == 0;
-        if (!entered_) PyErr_Clear();
+        if (handler.ptr() == numpy_memory.default_handler && PyContext_Enter(context) == 0) {
+            entered_ = context;
+        } else {
+            PyErr_Clear();
+        }
     }
     ~EnterOutputMemory() {
-        if (entered_) PyContext_Exit(numpy_memory.context);
+        if (entered_) PyContext_Exit(entered_);
     }
 
   private:
-    bool entered_ = false;
+    PyObject* entered_ = nullptr;
 };
 
 py::array new_array(py::dtype dtype, int ndim, const Py_ssize_t* shape, const Py_ssize_t* strides) {

@@ -1,6 +1,7 @@
 #include "output_memory.h"
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <list>
 #include <mutex>
@@ -224,6 +225,11 @@ void* resize(void* data, std::size_t bytes) noexcept {
 
 void release(void* data) noexcept {
     if (data) Pool::pool().release(data);
+}
+
+void* allocate_lined_up(std::size_t bytes) noexcept {
+    void* data = nullptr;
+    return posix_memalign(&data, 64, bytes) == 0 ? data : nullptr;
 }
 
 std::size_t set_limit(std::size_t bytes) noexcept { return Pool::pool().set_limit(bytes); }
