@@ -8,7 +8,8 @@ namespace normkit {
 // A norm on given arrays: axes in the order of x's dimensions, and what is not an axis.
 struct Problem {
     Nest axes;
-    bool center = true;  // false: the rms norms, moments about zero
+    bool center = true;         // false: the rms norms, moments about zero
+    bool over_samples = false;  // batch norm
 };
 
 // Fills axes, extents, `reduced` and the strides of x, statistic and gradient. False where spec does not fit x.

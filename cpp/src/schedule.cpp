@@ -185,6 +185,17 @@ bool beside_pays(const Plan& plan, index_t element, int arrays, index_t all, int
     return bytes > least_of_several(threads);
 }
 
+// Whether runs are short, but those of neighbouring sets are written as one. Speed past the caches over speed with
+// ordinary stores, batch norm forward, backward, evaluation, one thread of an Emerald Rapids; two: 4096 x 128 x
+// 4^2 1.49, 1.29, 1.73; 1.36, 1.27, 1.47, 4000 x 512 x 2^2 1.32, 1.16, 1.98; 1.26, 1.19, 1.50, 512 x 512 x
+// 5^2 1.44, 1.04, 1.51; 1.25, 0.97, 1.29.
+bool short_images(const Plan& plan, index_t element) {
+    if (plan.walk != Walk::rows || plan.runs.size() == 1) return false;
+    const Axis& next = plan.kept.inner();
+    const index_t run = plan.run.size();
+    return next.stride[kY] == run * element && run * next.extent >= kStreamRow;
+}
+
 bool choose(int forced, bool automatic) { return forced < 0 ? automatic : forced != 0; }
 
 }  // namespace
@@ -233,7 +244,8 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
     s.far = choose(forced.stream, all >= far_bytes(writes, s.threads));
     s.in_eights = s.by_row && in_eights && (!s.far || plan.set_size * element * arrays <= kFarEights);
     s.stream =
-        choose(forced.stream, write && !in_place && s.far && row >= kStreamRow) && lies_on_elements(plan, element);
+        choose(forced.stream, write && !in_place && s.far && (row >= kStreamRow || short_images(plan, element))) &&
+        lies_on_elements(plan, element);
     s.beyond_l3 = choose(forced.stream, all >= kBeyondL3);
     s.in_parts = s.by_row && s.stream && arrays == 1 && parts_pay(plan, element, s.beyond_l3);
     return s;

@@ -504,8 +504,8 @@ class ColumnsBackward {
 
         // Kernels want the statistics of all rows alike, and those of lanes side by side.
         const index_t share = std::max(index_t{1}, index.size() / (8 * schedule_.threads));
-        const index_t rows_per = rows.stride[kSet] == 0 ? std::min(share, rows.extent) : 1;
         const index_t lanes_per = lanes.stride[kSet] == 1 ? std::min(kLeafLanes, lanes.extent) : 1;
+        const index_t rows_per = rows.stride[kSet] == 0 ? std::min({share, rows.extent, kLongestPiece / lanes_per}) : 1;
         const index_t pieces = (rows.extent + rows_per - 1) / rows_per;
         const index_t leaves = (lanes.extent + lanes_per - 1) / lanes_per;
         const Buffer<Sums> sums(index.size());

@@ -1178,6 +1178,9 @@ struct Applying {
             ends->begin(y + bytes<X>(lane));
             const index_t head = lane == 0 ? head_of_joined<X, WLane>(of.x, of.y, of.row, of.lanes) : 0;
             if (head > 0) vector(static_cast<int>(head));
+        } else if constexpr (How == Stores::cached && !WLane) {
+            const index_t head = lane == 0 ? head_in_cache<X>(of.y, of.row, of.lanes) : 0;
+            if (head > 0) vector(static_cast<int>(head));
         }
     }
     NK_INLINE void vector(int n) {
@@ -1246,11 +1249,15 @@ NK_INLINE void apply_rows(const Unwritten<X>& tile, EndsOf<X, How, WLane>& ends)
         }
         lane += n;
     };
+    index_t head = 0;
     if constexpr (How == Stores::joined) {
         ends.begin(py);
-        const index_t head = head_of_joined<X, WLane>(x, y, r, lanes);
-        if (head > 0) write(static_cast<int>(head));
+        head = head_of_joined<X, WLane>(x, y, r, lanes);
+    } else if constexpr (How == Stores::cached &&
+                         (!WLane || R > 1)) {  // of one row, loads of w and b would cross lines
+        head = head_in_cache<X>(y, r, lanes);
     }
+    if (head > 0) write(static_cast<int>(head));
     while (lanes - lane >= kWidth<X>) write(kWidth<X>);
     if (lane < lanes) write(static_cast<int>(lanes - lane));
 }
@@ -1295,7 +1302,7 @@ template <class X, bool Stream>
 void apply_joined(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     using T = Compute<X>;
     for_joined<X, 3>(
-        rows, lanes, Stream ? head_of<X>(y.p) : 0,
+        rows, lanes, Stream || kCanJoin ? head_of<X>(y.p) : 0,
         [&](index_t r, Vec<X>(&terms)[3]) NK_INLINE_LAMBDA {
             const index_t k = r * s.row;
             const YTerms<T> y = y_terms<T>(s.hi[k], s.lo[k], s.rstd[k], value_at<T>(w.at(r)), value_at<T>(b.at(r)));
@@ -1458,6 +1465,8 @@ void dx_along_rows(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t 
         if constexpr (How == Stores::joined) {
             ends.begin(pdx);
             head = head_of_joined<X, WLane>(x, dx, r, lanes);
+        } else if constexpr (How == Stores::cached && !WLane) {
+            head = head_in_cache<X>(dx, r, lanes);
         }
         for_vectors<X>(lanes, head, [&](index_t lane, int n) NK_INLINE_LAMBDA {
             const index_t o = bytes<X>(lane);
@@ -1473,7 +1482,7 @@ template <class X, bool Stream>
 void dx_joined(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     using T = Compute<X>;
     for_joined<X, 5>(
-        rows, lanes, Stream ? head_of<X>(dx.p) : 0,
+        rows, lanes, Stream || kCanJoin ? head_of<X>(dx.p) : 0,
         [&](index_t r, Vec<X>(&terms)[5]) NK_INLINE_LAMBDA {
             const index_t i = r * s.row;
             const DxTerms<T> more = dx_terms<T>(s.lo[i], s.rstd[i], s.mean_g[i], s.mean_g_xhat[i]);

@@ -272,10 +272,9 @@ class SetTiles {
 
     Offsets neighbour(index_t i) const { return offsets(next, i); }
 
-    // Whether the sets' runs can be taken for one row of lanes: they lie side by side, once, or several times one
-    // behind the other. What is the same for a lane of all rows is then worked out once. It pays where `parameters` are
-    // one an element, side by side and once (group norm in NHWC), and where runs are short (tiny images, vectors of
-    // channels).
+    // Whether the sets' runs can be taken for one row of lanes: they lie side by side, several times one behind the
+    // other. What is the same for a lane of all rows is then worked out once. It pays where `parameters` are one an
+    // element, side by side and once (group norm in NHWC), and where runs are short (batch norm of tiny images).
     template <class T>
     bool go_in_rows(std::initializer_list<Operand> data, std::initializer_list<Operand> parameters) const {
         if (!interleaved_ || elements_.n != 2) return false;
@@ -290,9 +289,9 @@ class SetTiles {
     }
     // A run's elements, at most, for which what is one a set is written down for each lane, if there are more rows than
     // that. Time so over time run by run, batch norm with 256 channels, one thread of an Emerald Rapids, 2, 8, 32, 128
-    // images: forward 2 x 2 1.1, 0.75, 0.54, 0.44; 4 x 4 1.6, 1.1, 0.73, 0.8; 6 x 6 2.2, 1.4, 0.93, 0.98; backward 6 x
-    // 6 2.1, 1.4, 0.92, 0.97; evaluation 2 x 2 1.2, 0.68, 0.33, 0.22; 4 x 4 2.2, 1.35, 0.67, 0.97. Of 7 x 7, 256
-    // images: forward 1.0, backward 1.35.
+    // images: forward 2^2 1.1, 0.75, 0.54, 0.44; 4^2 1.6, 1.1, 0.73, 0.8; 6^2 2.2, 1.4, 0.93, 0.98; backward 6^2 2.1,
+    // 1.4, 0.92, 0.97; evaluation 2^2 1.2, 0.68, 0.33, 0.22; 4^2 2.2, 1.35, 0.67, 0.97. Of 7^2, 256 images: forward
+    // 1.0, backward 1.35.
     static constexpr index_t kLongestRepeated = 48;
     template <class T>
     static constexpr index_t kRowLanes = 8192 / sizeof(T);

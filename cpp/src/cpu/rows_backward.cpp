@@ -599,9 +599,13 @@ class RowsBackward {
             const Axis &rows = plan_.kept.axis[0], &sets = plan_.kept.axis[1];
             if (rows.stride[kWeight] == 0 && sets.stride[kWeight] != 0) {
                 load_statistics(0, plan_.sets);
-                parallel_for((rows.extent + kSumRows - 1) / kSumRows, schedule_.threads, [&](index_t i) {
-                    const index_t r = i * kSumRows, n = std::min(index_t{kSumRows}, rows.extent - r);
-                    for (index_t set = 0; set < sets.extent; ++set) {
+                const index_t bytes = kSumRows * plan_.set_size * index_t{sizeof(X)};
+                const index_t per = std::max(index_t{1}, kPieceBytes / bytes);
+                const index_t pieces = (sets.extent + per - 1) / per;
+                parallel_for((rows.extent + kSumRows - 1) / kSumRows * pieces, schedule_.threads, [&](index_t i) {
+                    const index_t r = i / pieces * kSumRows, n = std::min(index_t{kSumRows}, rows.extent - r);
+                    const index_t first = i % pieces * per, last = std::min(first + per, sets.extent);
+                    for (index_t set = first; set < last; ++set) {
                         sums_of_alike(offsets(rows, r) + offsets(sets, set), rows, n);
                     }
                 });

@@ -124,8 +124,8 @@ template <class X>
 void moments_down(const KernelPair<X>& k, Strided x, const Compute<X>* origin, index_t rows, index_t lanes,
                   index_t seen, bool center, bool far, double* mean, double* M2);
 
-// Copies a tile into rows of `lanes` elements: as they are (E: the element type of `from`), or converted by kernels (E:
-// a type of arithmetic).
+// Copies a tile into rows of `lanes` elements: as they are (E: the element type of `from`), or converted (E: a type of
+// arithmetic), by kernels but for parameters of float64 data.
 template <class E>
 void gather(const Isa& isa, const Strided& from, index_t rows, index_t lanes, E* out);
 

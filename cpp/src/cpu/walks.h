@@ -114,8 +114,8 @@ void finish_sets(const ForwardCall& call, const Nest& axes, const char* x, index
 }
 
 // dx on a tile (if wanted), and the sums of dy and dy * xhat down its lanes (where those are wanted).
-// Constant statistics: dx = rstd * w * dy is the forward formula on dy with mean 0; it needs no more than 2,048 lanes
-// where s.lane is 1, and rows where s.row is.
+// Constant statistics: dx = rstd * w * dy is the forward formula on dy with mean 0; of lanes (where s.lane is 1) or
+// rows (where s.row is) there may be no more than `zero` has.
 template <class X>
 void write_dx(const KernelPair<X>& k, const BackwardCall& call, const Offsets& at, const Tiles& tiles, index_t rows,
               index_t lanes, const Strided& w, const TileStatistics<Compute<X>>& s, DownSums sums, bool stream) {
