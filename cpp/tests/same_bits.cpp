@@ -262,8 +262,10 @@ std::string line(const std::string& name, std::uint64_t digest) {
     return name + text;
 }
 
-// Odd shapes; the tails of every vector; sets of less than one leaf and of several; blocks of rows for the parameters.
-const std::vector<index_t> kShapes[] = {{3, 6, 7, 9}, {2, 4, 47, 49}, {601, 34}, {5, 6, 131}, {2, 2, 4200}};
+// Odd shapes; the tails of every vector; sets of less than one leaf and of several; blocks of rows for the parameters;
+// more images than each has pixels.
+const std::vector<index_t> kShapes[] = {{3, 6, 7, 9}, {2, 4, 47, 49}, {601, 34},
+                                        {5, 6, 131},  {2, 2, 4200},   {31, 6, 2, 3}};
 
 // Totals by dtype and norm, in the order of their first case.
 std::vector<std::string> digests(bool print_cases) {
