@@ -99,7 +99,6 @@ bool make_problem(const Spec& spec, const View& x, Problem* out) {
     if (!spec_fits(spec, x)) return false;
     const Row& row = row_of(spec.norm);
     out->center = row.center;
-    out->over_samples = row.set & kSample;
     for (int d = 0; d < x.ndim; ++d) {
         Axis a;
         a.extent = x.shape[d];

@@ -8,8 +8,7 @@ namespace normkit {
 // A norm on given arrays: axes in the order of x's dimensions, and what is not an axis.
 struct Problem {
     Nest axes;
-    bool center = true;         // false: the rms norms, moments about zero
-    bool over_samples = false;  // batch norm
+    bool center = true;  // false: the rms norms, moments about zero
 };
 
 // Fills axes, extents, `reduced` and the strides of x, statistic and gradient. False where spec does not fit x.

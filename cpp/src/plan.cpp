@@ -50,10 +50,13 @@ Plan make_plan(const Problem& problem) {
 
     // Sets of one element (batch norm of one vector) are columns of one row.
     const bool channels = run_begin == axes.n - 1 && axes.axis[run_begin].grouped && run <= kMostMerged;
-    // Not so other norms: of one sample, the axis that tells samples apart is gone, and it would have other bits alone.
+    // What is kept outside all that is reduced does not count: of one sample alone, it is gone.
+    int first = 0;
+    while (first < kept_begin && !axes.axis[first].reduced) ++first;
     Nest outside;
-    while (outside.n < kept_begin && axes.axis[outside.n].reduced) outside.push(axes.axis[outside.n]);
-    const bool images = problem.over_samples && outside.n == kept_begin && collapse(outside, bit(kX)).n == 1;
+    for (int i = first; i < kept_begin && axes.axis[i].reduced && !axes.axis[i].grouped; ++i)
+        outside.push(axes.axis[i]);
+    const bool images = first + outside.n == kept_begin && collapse(outside, bit(kX)).n == 1;
     const bool rows = run_begin < axes.n && (((run >= kShortestRun || images) && !channels) || !reduced_outside);
     plan.walk = rows ? Walk::rows : Walk::columns;
 

@@ -36,10 +36,10 @@ struct Plan {
 };
 
 // A run of at least this many elements is walked as rows although other axes of the set lie outside it, and so are the
-// images of batch norm, however small: they lie one distance apart, with those of the other sets in between. Other runs
-// that are shorter become lanes that are merged. So do the channels of a group (NHWC) if they are no more than
-// kMostMerged: neighbouring groups are neighbours in memory, where neighbouring images of batch norm lie apart
-// (docs/decisions/0002-schedule.md).
+// images of batch norm and what else lies like them, however small: one distance apart, with those of other sets in
+// between. Other runs that are shorter become lanes that are merged. So do the channels of a group (NHWC) if they are
+// no more than kMostMerged: neighbouring groups are neighbours in memory, where neighbouring images of batch norm lie
+// apart (docs/decisions/0002-schedule.md).
 constexpr index_t kShortestRun = 48;
 constexpr index_t kMostMerged = 256;
 
