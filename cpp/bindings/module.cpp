@@ -103,25 +103,23 @@ struct MemoryHandler {
     } functions;
 };
 
-void* large_malloc(void*, std::size_t bytes) { return output_memory::allocate(bytes); }
-void* large_calloc(void*, std::size_t n, std::size_t element) {
-    void* const data = output_memory::allocate(n * element);  // NumPy has looked at the product
+template <void* (*malloc)(void*, std::size_t)>
+void* cleared(void* of_all, std::size_t n, std::size_t element) {
+    void* const data = malloc(of_all, n * element);  // NumPy has looked at the product
     return data ? std::memset(data, 0, n * element) : nullptr;
 }
+
+void* large_malloc(void*, std::size_t bytes) { return output_memory::allocate(bytes); }
 void* large_realloc(void*, void* data, std::size_t bytes) { return output_memory::resize(data, bytes); }
 void large_free(void*, void* data, std::size_t) { output_memory::release(data); }
 
 void* lined_up_malloc(void*, std::size_t bytes) { return output_memory::allocate_lined_up(bytes); }
-void* lined_up_calloc(void*, std::size_t n, std::size_t element) {
-    void* const data = output_memory::allocate_lined_up(n * element);
-    return data ? std::memset(data, 0, n * element) : nullptr;
-}
 void* lined_up_realloc(void*, void* data, std::size_t bytes) { return std::realloc(data, bytes); }
 void lined_up_free(void*, void* data, std::size_t) { std::free(data); }
 
-MemoryHandler large_results = {"normkit", 1, {nullptr, large_malloc, large_calloc, large_realloc, large_free}};
+MemoryHandler large_results = {"normkit", 1, {nullptr, large_malloc, cleared<large_malloc>, large_realloc, large_free}};
 MemoryHandler lined_up_results = {
-    "normkit_lined_up", 1, {nullptr, lined_up_malloc, lined_up_calloc, lined_up_realloc, lined_up_free}};
+    "normkit_lined_up", 1, {nullptr, lined_up_malloc, cleared<lined_up_malloc>, lined_up_realloc, lined_up_free}};
 
 struct {
     PyObject *large, *lined_up;  // contexts, by the handler in force there

@@ -26,6 +26,16 @@ Nest in_memory_order(const Nest& axes) {
     return out;
 }
 
+// Whether the runs of a set lie one distance apart, with those of the kept axes from number `kept_begin` on in between.
+// What is kept outside all that is reduced does not count: of one sample alone, it is gone.
+bool lie_as_images(const Nest& axes, int kept_begin) {
+    int i = 0;
+    while (i < kept_begin && !axes.axis[i].reduced) ++i;
+    Nest outside;
+    for (; i < kept_begin && axes.axis[i].reduced && !axes.axis[i].grouped; ++i) outside.push(axes.axis[i]);
+    return i == kept_begin && collapse(outside, bit(kX)).n == 1;
+}
+
 }  // namespace
 
 Plan make_plan(const Problem& problem) {
@@ -50,14 +60,8 @@ Plan make_plan(const Problem& problem) {
 
     // Sets of one element (batch norm of one vector) are columns of one row.
     const bool channels = run_begin == axes.n - 1 && axes.axis[run_begin].grouped && run <= kMostMerged;
-    // What is kept outside all that is reduced does not count: of one sample alone, it is gone.
-    int first = 0;
-    while (first < kept_begin && !axes.axis[first].reduced) ++first;
-    Nest outside;
-    for (int i = first; i < kept_begin && axes.axis[i].reduced && !axes.axis[i].grouped; ++i)
-        outside.push(axes.axis[i]);
-    const bool images = first + outside.n == kept_begin && collapse(outside, bit(kX)).n == 1;
-    const bool rows = run_begin < axes.n && (((run >= kShortestRun || images) && !channels) || !reduced_outside);
+    const bool rows = run_begin < axes.n &&
+                      (!reduced_outside || (!channels && (run >= kShortestRun || lie_as_images(axes, kept_begin))));
     plan.walk = rows ? Walk::rows : Walk::columns;
 
     constexpr unsigned kAll = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);

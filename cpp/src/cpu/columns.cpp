@@ -154,7 +154,7 @@ Strided gather_rows(const Isa& isa, const char* p, Dtype dtype, Nest runs, Opera
     lane.stride[o] = lane_stride;
     runs.push(lane);
     gather(isa, runs, o, p, dtype, first * lanes, rows * lanes, out);
-    return {reinterpret_cast<const char*>(out), lanes * index_t{sizeof(E)}, sizeof(E), kDtype<E>};
+    return packed_tile(out, lanes);
 }
 
 // ------------------------------------------------------------------------------------------------------------ forward
@@ -372,14 +372,16 @@ class ColumnsBackward {
         const auto part = [&](index_t unit, index_t block) {
             return &parts[2 * (unit * (resident ? 1 : blocks) + block) * most];
         };
+        const bool across = call_.parameters && !rows_share_parameters_;
+        if (across || !resident) statistics_.put_given(plan_, call_.mean, call_.rstd);
         // Before dx, which may take the place of x or dy.
-        if (call_.parameters && !rows_share_parameters_) sum_across();
+        if (across) sum_across();
 
         if (resident) {
             parallel_for(n, schedule_.threads, [&](index_t i) {
                 const Unit u = units_[i];
                 // By the thread that reads them: group norm 2 x 2560 x 8^2 on two threads 1.05 times as fast.
-                statistics_.put_given(plan_, call_.mean, call_.rstd, u);
+                if (!across) statistics_.put_given(plan_, call_.mean, call_.rstd, u);
                 if (sums) {
                     double* total = part(i, 0);
                     double block_sums[2 * kMostLanes];
@@ -394,7 +396,6 @@ class ColumnsBackward {
                 for (index_t t = 0; t < all_rows.count(); ++t) dx_tile(u, all_rows, t);
             });
         } else {
-            statistics_.put_given(plan_, call_.mean, call_.rstd);
             const index_t rows = rows_of_piece(plan_, schedule_, most, 2 * sizeof(X));
             const Tiles tiles = units_.rows(kOperandsBackward, rows);
             for_samples(plan_, units_, schedule_, [&](index_t first, index_t some) {
@@ -484,7 +485,6 @@ class ColumnsBackward {
     // The gradients where each row has parameters of its own: each over all lanes that share it, in the order of the
     // plan.
     void sum_across() {
-        statistics_.put_given(plan_, call_.mean, call_.rstd);
         Nest index, summed;  // axes that tell parameters apart, and the others; kSet counts the lanes of statistics
         const auto add = [&](Axis a, index_t lanes) {
             a.stride[kSet] = lanes;

@@ -40,7 +40,7 @@ class LeafReader {
         }
         const index_t first = leaf.first_run * run_.size() + leaf.lane;
         gather(isa_, joined(runs_, run_), operand_, set, dtype_, first, leaf.rows * leaf.lanes, buffer);
-        return {reinterpret_cast<const char*>(buffer), leaf.lanes * index_t{sizeof(E)}, sizeof(E), kDtype<E>};
+        return packed_tile(buffer, leaf.lanes);
     }
 
     // Whether the elements of a whole leaf are the same wherever it begins in a run.

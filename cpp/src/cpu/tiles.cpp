@@ -56,12 +56,6 @@ TileStatistics<T> shifted(TileStatistics<T> s, index_t r, index_t l) {
     return s;
 }
 
-// Rows of `lanes` elements without gaps.
-template <class E>
-Strided packed_tile(const E* p, index_t lanes) {
-    return {reinterpret_cast<const char*>(p), lanes * index_t{sizeof(E)}, sizeof(E), kDtype<E>};
-}
-
 // Elements as they are. strange: which of the two tiles is not packed; its memory decides on the order, so that each
 // line is touched once, also where rows are neighbours and lanes are not.
 template <class E>

@@ -18,6 +18,12 @@ struct Strided {
     const char* at(index_t r, index_t l) const { return p + r * row + l * lane; }
 };
 
+// Rows of `lanes` elements without gaps.
+template <class E>
+Strided packed_tile(const E* p, index_t lanes) {
+    return {reinterpret_cast<const char*>(p), lanes * index_t{sizeof(E)}, sizeof(E), kDtype<E>};
+}
+
 // The statistics of a tile, with their distance from row to row and from lane to lane (0 or 1, in elements).
 template <class T>
 struct TileStatistics : Statistics<T> {
