@@ -13,6 +13,8 @@ namespace normkit {
 enum Operand { kX, kY, kDy, kWeight, kBias, kStatistic, kGradient, kSet, kOperands };
 
 constexpr unsigned bit(Operand o) { return 1u << o; }
+// Those that have, or share, something for each element.
+constexpr unsigned kElementOperands = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);
 
 struct Axis {
     index_t extent = 1;

@@ -64,13 +64,12 @@ Plan make_plan(const Problem& problem) {
                       (!reduced_outside || (!channels && (run >= kShortestRun || lie_as_images(axes, kept_begin))));
     plan.walk = rows ? Walk::rows : Walk::columns;
 
-    constexpr unsigned kAll = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);
     if (plan.walk == Walk::rows) {
         for (int i = 0; i < axes.n; ++i) {
             const Axis& a = axes.axis[i];
             (i >= run_begin ? plan.run : a.reduced ? plan.runs : plan.kept).push(a);
         }
-        plan.kept = collapse(plan.kept, kAll | bit(kStatistic) | bit(kSet));
+        plan.kept = collapse(plan.kept, kElementOperands | bit(kStatistic) | bit(kSet));
         return plan;
     }
     // Lanes are the innermost kept axis as far as it is one for every operand; the short run inside it is merged. A
@@ -80,15 +79,28 @@ Plan make_plan(const Problem& problem) {
         const Axis& a = axes.axis[i];
         (i >= run_begin ? merge : a.reduced ? plan.runs : kept).push(a);
     }
-    merge = collapse(merge, kAll);
+    merge = collapse(merge, kElementOperands);
     if (merge.n > 1) {  // several short reduced axes: walk the outer ones as rows
         for (int i = 0; i < merge.n - 1; ++i) plan.runs.push(merge.axis[i]);
     }
     plan.merge = merge.inner();
-    kept = collapse(kept, kAll | bit(kStatistic) | bit(kSet));
+    kept = collapse(kept, kElementOperands | bit(kStatistic) | bit(kSet));
     plan.lane = kept.inner();
     plan.kept = kept.without_inner();
     return plan;
+}
+
+SetRows::SetRows(const Nest& sets) {
+    if (sets.n == 1) {
+        rows = sets;
+        return;
+    }
+    const Nest axes = collapse(sets, kElementOperands | bit(kSet));
+    int along = axes.n - 1;
+    for (int i = axes.n - 2; i >= 0 && axes.axis[along].extent < kLongEnough; --i) {
+        if (axes.axis[i].extent > axes.axis[along].extent) along = i;
+    }
+    for (int i = 0; i < axes.n; ++i) (i <= along ? rows : inside).push(axes.axis[i]);
 }
 
 Leaves::Leaves(index_t runs_, index_t run_) : runs(runs_), run(run_) {

@@ -45,6 +45,17 @@ constexpr index_t kMostMerged = 256;
 
 Plan make_plan(const Problem& problem);
 
+// The axes of sets that are one row each, as they lie in memory, whatever the order of their statistics, in two parts:
+// `rows`, of which the innermost is the one along which kernels take row after row, and what lies `inside` it. It is
+// the innermost axis that is long enough, or else the longest: of the heads of attention, if they are few, the tokens.
+struct SetRows {
+    Nest rows, inside;
+
+    explicit SetRows(const Nest& sets);
+    const Axis& along() const { return rows.inner(); }
+};
+constexpr index_t kLongEnough = 32;
+
 // Leaves of a reduction over `runs` runs of `run` elements: `rows` whole runs in a leaf where they are short, else
 // `per_run` pieces of a run, of kLeafLanes elements but for the last.
 struct Leaves {

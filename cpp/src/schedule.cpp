@@ -115,15 +115,13 @@ index_t l2_bytes() {
 index_t least_of_one_run(int threads) { return l2_bytes() / 2 * threads; }
 index_t least_of_several(int threads) { return std::max(2 * l2_bytes(), least_of_one_run(threads)); }
 
-constexpr unsigned kAll = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);
-
 bool set_is_row(const Plan& plan) { return plan.walk == Walk::rows && plan.runs.size() == 1; }
 
 // Whether sums of one set can be taken beside the writing of another. Kernels take contiguous rows: forward with
 // parameters that are one a row, or along rows that are sets; backward the latter only, of not too many bytes.
 bool can_go_by_row(const Plan& plan, index_t element, int arrays) {
     if (plan.walk != Walk::rows || plan.run.n == 0) return false;
-    const Nest run = collapse(plan.run, kAll);
+    const Nest run = collapse(plan.run, kElementOperands);
     const Axis& lanes = run.inner();
     if (lanes.extent > 1 && (lanes.stride[kX] != element || lanes.stride[kY] != element)) return false;
     if (arrays == 1 && lanes.stride[kWeight] == 0 && lanes.stride[kBias] == 0) return true;
@@ -132,12 +130,16 @@ bool can_go_by_row(const Plan& plan, index_t element, int arrays) {
     return lanes.stride[kGradient] != 0 && lanes.extent * std::max(element, index_t{sizeof(float)}) <= cpu::kMostSums;
 }
 
-// Whether sets are short rows for the kernels that have eight in hand. Those want them side by side, and their
-// statistics too; where few are, most would be left over.
+// Whether sets are short rows for the kernels that have eight in hand. Those want them at one distance; where few are,
+// most would be left over. Backward, that they share their parameters too.
 bool can_go_in_eights(const Plan& plan, index_t element, int arrays) {
     if (!set_is_row(plan) || element > 4 || plan.set_size * arrays > cpu::kMostOfEight) return false;
-    const Axis& next = plan.kept.inner();
-    return next.extent >= kSumRows && next.stride[kStatistic] == 1 && collapse(plan.run, kAll).n == 1;
+    if (plan.sets < kSumRows || collapse(plan.run, kElementOperands).n > 1) return false;
+    Nest sets;
+    for (int i = 0; i < plan.kept.n; ++i) {
+        if (arrays == 1 || plan.kept.axis[i].stride[kGradient] == 0) sets.push(plan.kept.axis[i]);
+    }
+    return SetRows(sets).along().extent >= kSumRows;
 }
 
 // Non-temporal stores want whole vectors, which elements between multiples of their size never are: one kernel goes on
@@ -164,7 +166,7 @@ bool parts_pay(const Plan& plan, index_t element, bool beyond_l3) {
 
 // Whether it pays to take the sums of one set beside the writing of another.
 bool beside_pays(const Plan& plan, index_t element, int arrays, index_t all, int threads) {
-    const Nest run = collapse(plan.run, kAll);
+    const Nest run = collapse(plan.run, kElementOperands);
     const index_t bytes = plan.total * element;
     if (set_is_row(plan) && run.n == 1) {
         // In a cache, layer norm's rows that are too long for eight at a time are better off in turn, four of them

@@ -1,7 +1,6 @@
 #include "parallel.h"
 
 #include <atomic>
-#include <chrono>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -52,7 +51,7 @@ ShouldStop& this_thread_should_stop() { return should_stop; }
 namespace cpu {
 namespace {
 
-using Clock = std::chrono::steady_clock;
+using Clock = CoarseClock;
 constexpr std::chrono::milliseconds kBetweenQuestions{50};
 
 // Shared by the threads of one run_pieces; only the calling thread asks.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <ctime>
 
 #include "normkit/normkit.h"
 
@@ -29,13 +30,33 @@ void parallel_for(index_t pieces, int threads, const F& f) {
     parallel_for(pieces, threads, Order::forwards, f);
 }
 
+// A steady clock that may be some milliseconds late, where there is one: it is read in 6 ns, std::chrono's in 33 (on an
+// Emerald Rapids), and the smallest call reads it three times.
+struct CoarseClock {
+    using duration = std::chrono::nanoseconds;
+    using rep = duration::rep;
+    using period = duration::period;
+    using time_point = std::chrono::time_point<CoarseClock>;
+    static constexpr bool is_steady = true;
+
+    static time_point now() noexcept {
+#if defined(CLOCK_MONOTONIC_COARSE)
+        std::timespec t;
+        if (clock_gettime(CLOCK_MONOTONIC_COARSE, &t) == 0) {
+            return time_point(std::chrono::seconds(t.tv_sec) + std::chrono::nanoseconds(t.tv_nsec));
+        }
+#endif
+        return time_point(std::chrono::steady_clock::now().time_since_epoch());
+    }
+};
+
 // While it lives, this thread's loops are one long call: none of them may be long enough to ask whether to give up, so
 // the time since the last question goes on from one to the next.
 class OneCall {
   public:
     OneCall();
     ~OneCall();
-    std::chrono::steady_clock::time_point asked;
+    CoarseClock::time_point asked;
 
   private:
     OneCall* const outer_;

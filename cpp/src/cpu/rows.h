@@ -115,6 +115,34 @@ class LinedUp {
     const char* at_;
 };
 
+// Short rows that are taken before the next of those that lie inside them: so many that a kernel, which begins anew
+// with each call, gets far, and, if they are not fewer, so few that what lies inside is in L2 when its turn comes.
+constexpr index_t kFewRows = 64, kManyRows = 256;
+inline index_t rows_at_once(index_t bytes_inside) {
+    return std::clamp(kPieceBytes / bytes_inside / kSumRows * kSumRows, kFewRows, kManyRows);
+}
+
+// f(i, n, at, step) for the statistics of sets number first, first + every, ..., n_sets of them in all: those of n,
+// from the i-th on, lie `step` apart from `at` on. every: the distance of neighbours along an axis of `kept`; 0: of one
+// set.
+template <class F>
+void for_statistics(const Nest& kept, index_t first, index_t every, index_t n_sets, F f) {
+    const Axis* axis = &kept.inner();
+    while (axis != kept.axis && axis->stride[kSet] != every) --axis;
+    for (index_t i = 0, n; i < n_sets; i += n) {
+        const index_t set = first + i * every;
+        n = std::min(n_sets - i, axis->extent - set / std::max(every, index_t{1}) % axis->extent);
+        f(i, n, kept.offset(kStatistic, set), axis->stride[kStatistic]);
+    }
+}
+
+// Whether the statistics of sets along an axis follow each other in the caller's arrays.
+inline bool statistics_follow(const Nest& kept, const Axis& along) {
+    return std::any_of(kept.axis, kept.axis + kept.n, [&](const Axis& a) {
+        return a.stride[kSet] == along.stride[kSet] && a.extent == along.extent && a.stride[kStatistic] == 1;
+    });
+}
+
 constexpr index_t kLeavesAtOnce = 64;  // in one call of a kernel
 
 // Goes through the leaves of neighbouring sets. Step by step: to find each leaf by its number took a fifth as long as
@@ -191,13 +219,14 @@ class LeafWalk {
 // evenly busy.
 struct SetPieces {
     index_t sets, per;
-    // at_once: sets that are written together.
+    // at_once: sets that are written together; of short rows, those that lie inside a row and the next.
     SetPieces(const Plan& plan, index_t element, const Schedule& schedule, index_t at_once) : sets(plan.sets) {
         const index_t bytes = plan.set_size * element;
         const index_t fair = schedule.threads > 1 ? sets / (4 * schedule.threads) : sets;
         per = schedule.by_row ? fair : kPieceBytes / bytes;
         if (schedule.in_eights) {
-            per = std::max(fair - fair % kEight, index_t{kEight});
+            const index_t least = kEight * at_once;
+            per = std::max(fair - fair % least, least);
             return;
         }
         if (per < at_once) per = at_once;

@@ -91,13 +91,15 @@ class RowsBackward {
     }
     bool wants_set_sums() const { return call_.dx && !call_.constant_statistics; }
 
-    void load_statistics(index_t first, index_t sets) {
-        const Axis& next = tiles_.next;
-        for (index_t set = first, n; set < first + sets; set += n) {
-            n = std::min(first + sets - set, next.extent - set % next.extent);
-            const index_t at = plan_.kept.offset(kStatistic, set);
-            statistics_.put(set, n, call_.mean ? call_.mean + at : nullptr, call_.rstd + at, next.stride[kStatistic]);
-        }
+    // Of sets number first, first + every, ... (for_statistics).
+    void load_statistics(index_t first, index_t sets, index_t every = 1) {
+        for_statistics(plan_.kept, first, every, sets, [&](index_t i, index_t n, index_t at, index_t step) {
+            const double *const mean = call_.mean ? call_.mean + at : nullptr, *const rstd = call_.rstd + at;
+            if (every == 1) return statistics_.put(first + i, n, mean, rstd, step);
+            for (index_t k = 0; k < n; ++k) {
+                statistics_.put(first + (i + k) * every, 1, mean ? mean + k * step : nullptr, rstd + k * step, 1);
+            }
+        });
     }
 
     // Sums over leaf l of cell `at`, of dy in cells (their weight comes later), of g = w * dy elsewhere.
@@ -118,16 +120,18 @@ class RowsBackward {
                           s, piece.rows, piece.lanes, schedule_.far);
     }
 
-    // From the sums of the cells of n neighbouring sets (of all leaves of them, where by element) to what dx needs.
-    void finish(index_t first, index_t n, const Sums* cells) {
+    // From the sums of the cells of n sets (of all leaves of them, where by element), neighbours but where `every` says
+    // otherwise, to what dx needs.
+    void finish(index_t first, index_t n, const Sums* cells, index_t every = 1) {
         if (!wants_set_sums()) return;
-        const char* weight =
-            call_.weight && !cells_.by_element ? call_.weight + plan_.kept.offset(kWeight, first) : nullptr;
-        with_weights<T>(weight, call_.weight_dtype, [&](auto weight_at) { finish_with(first, n, cells, weight_at); });
+        if (cells_.by_element) return finish_with(first, n, cells, every, [](index_t) { return 1.0; });
+        const char* weight = call_.weight ? call_.weight + plan_.kept.offset(kWeight, first) : nullptr;
+        with_weights<T>(weight, call_.weight_dtype,
+                        [&](auto weight_at) { finish_with(first, n, cells, every, weight_at); });
     }
 
     template <class WeightAt>
-    void finish_with(index_t first, index_t n, const Sums* cells, WeightAt weight_at) {
+    void finish_with(index_t first, index_t n, const Sums* cells, index_t every, WeightAt weight_at) {
         const double count = static_cast<double>(plan_.set_size);
         for (index_t i = 0; i < n; ++i) {
             Sums sums;
@@ -136,7 +140,7 @@ class RowsBackward {
                 sums.g += w * cells->g;
                 sums.g_xhat += w * cells->g_xhat;
             }
-            statistics_.put_sums(first + i, plan_.center ? sums.g / count : 0, sums.g_xhat / count);
+            statistics_.put_sums(first + i * every, plan_.center ? sums.g / count : 0, sums.g_xhat / count);
         }
     }
 
@@ -291,10 +295,13 @@ class RowsBackward {
             two_sweeps(sums, wants_sums);
         }
         if (!call_.parameters) return;
-        for (index_t set = 0; set < plan_.sets; ++set) {
+        const Axis& next = plan_.kept.inner();
+        for (index_t set = 0; set < plan_.sets; set += next.extent) {
             const index_t at = plan_.kept.offset(kGradient, set);
-            for (index_t c = 0; c < per_set; ++c) {
-                parameters[at + cell_offset(kGradient, c)] += sums[set * per_set + c];
+            for (index_t i = 0; i < next.extent; ++i) {
+                Sums* const of_set = &parameters[at + i * next.stride[kGradient]];
+                const Sums* const cells = &sums[(set + i) * per_set];
+                for (index_t c = 0; c < per_set; ++c) of_set[cell_offset(kGradient, c)] += cells[c];
             }
         }
         write_parameters(call_, 0, 1, call_.parameters, parameters.get());
@@ -392,7 +399,7 @@ class RowsBackward {
         const RowBlocks blocks(grid.rows.size(), kSumRows, kSumRows);
         const bool one_reading = grid.rows_are_sets && blocks.count() >= schedule_.threads && !schedule_.split &&
                                  schedule_.resident && (blocks.count() > 1 || grid.lanes.extent <= kLeafLanes);
-        if (!one_reading) all_set_sums();
+        if (!one_reading) all_set_sums(grid);
         // The sums of a single block are the gradients, piece by piece of the lanes.
         const bool single = call_.parameters && blocks.count() == 1 && grid.others.size() == 1;
         const Buffer<double> sums(call_.parameters && !single ? 2 * blocks.count() * grid.width() : 0);
@@ -423,24 +430,30 @@ class RowsBackward {
         if (call_.parameters && !single) fold_blocks(grid, blocks.count(), sums.get());
     }
 
-    // The axes by what they are to the parameters: rows add up to one parameter, lanes and `others` don't.
+    // The axes by what they are to the parameters: rows, and what lies inside them, add up to one parameter, lanes and
+    // `others` don't.
     struct Grid {
-        Nest rows, others;
+        Nest rows, inside, others;
         Axis lanes;
-        bool rows_are_sets = true;
+        bool rows_are_sets = true;  // of all others together, or, `apart`, of each
+        bool apart = true;
 
         explicit Grid(const Plan& plan) {
             const Nest run = collapse(plan.run, kBackwardOperands);
             for (const Nest& nest : {plan.kept, plan.runs, run.without_inner()}) {
                 for (int i = 0; i < nest.n; ++i) {
                     const Axis& a = nest.axis[i];
-                    const bool apart = a.stride[kGradient] != 0;
-                    (apart ? others : rows).push(a);
-                    rows_are_sets = rows_are_sets && apart == a.reduced;
+                    const bool shares = a.stride[kGradient] == 0;
+                    (shares ? rows : others).push(a);
+                    rows_are_sets = rows_are_sets && !(shares && a.reduced);
+                    apart = apart && !a.reduced;
                 }
             }
+            for (int i = 0; !apart && i < others.n; ++i) rows_are_sets = rows_are_sets && others.axis[i].reduced;
             lanes = run.inner();
-            rows = collapse(rows, kBackwardOperands | bit(kSet) | bit(kStatistic));
+            const SetRows parts(rows);
+            rows = parts.rows;
+            inside = parts.inside;
         }
         index_t width() const { return others.size() * lanes.extent; }
     };
@@ -449,8 +462,8 @@ class RowsBackward {
     // and nothing done, where the kernels can't.
     bool gradients_of(const Grid& grid, index_t lane, index_t lanes) const {
         const Axis& rows = grid.rows.inner();
-        if (!call_.dx || call_.constant_statistics || grid.rows.n > 1 || grid.lanes.stride[kGradient] != 1)
-            return false;
+        if (!call_.dx || call_.constant_statistics || grid.rows.n > 1 || grid.inside.n > 0) return false;
+        if (grid.lanes.stride[kGradient] != 1) return false;
         for (const Dtype dtype :
              {call_.dweight ? call_.dweight_dtype : kDtype<T>, call_.dbias ? call_.dbias_dtype : kDtype<T>}) {
             if (dtype != kDtype<T>) return false;
@@ -469,54 +482,76 @@ class RowsBackward {
     // own_sets: the rows are sets, whose sums have not been taken yet.
     void block_of_rows(const Grid& grid, index_t first, index_t rows, index_t lane, index_t lanes, bool own_sets,
                        DownSums sums) {
-        const index_t others = grid.others.size(), extent = grid.lanes.extent;
-        const Tiles tile(rows_and_lanes(grid.rows.inner(), grid.lanes), 0);
-        for (index_t r = first; r < first + rows && !gives_up();) {
-            const Axis& inner = grid.rows.inner();
-            index_t n = std::min(inner.extent - r % inner.extent, first + rows - r);
+        const index_t inside = grid.inside.size(), others = grid.others.size(), extent = grid.lanes.extent;
+        const Axis& along = grid.rows.inner();
+        const Tiles tile(rows_and_lanes(along, grid.lanes), 0);
+        index_t most = kSumRows;
+        if (own_sets && schedule_.in_eights) {
+            const bool alone = inside == 1 && others == 1 && statistics_follow(plan_.kept, along);
+            most = alone ? kLongestPiece / lanes : rows_at_once(inside * others * lanes * index_t{2 * sizeof(X)});
+        }
+        for (index_t r = first, n; r < first + rows && !gives_up(); r += n) {
+            n = std::min({along.extent - r % along.extent, first + rows - r, most});
             const Offsets row = grid.rows.offsets(r);
-            sums.fresh = r == first;
-            if (const index_t done = own_sets ? in_eights(row, tile, n, lanes, sums) : 0) {
-                r += done;
-                continue;
+            for (index_t i = 0; i < inside && !(i > 0 && gives_up()); ++i) {
+                const Offsets of_others = inside == 1 ? row : row + grid.inside.offsets(i);
+                sums.fresh = r == first && i == 0;
+                if (own_sets && !grid.apart) sums_of_sets(of_others, along, n);
+                for (index_t o = 0; o < others; ++o) {
+                    const Offsets at = others == 1 ? of_others : of_others + grid.others.offsets(o);
+                    rows_of(lane == 0 ? at : at + offsets(grid.lanes, lane), tile, n, lanes, own_sets && grid.apart,
+                            sums.at(o * extent));
+                }
             }
-            n = std::min(n, index_t{kSumRows});
-            r += n;
-            if (own_sets && row_by_row(row, tile, n, lanes, sums)) continue;
-            if (own_sets) sums_of_sets(row[kSet], inner.stride[kSet], n);
-            for (index_t o = 0; o < others; ++o) {
-                const Offsets at = row + grid.others.offsets(o) + offsets(grid.lanes, lane);
-                const TileStatistics<T> s = statistics_.tile(at[kSet], inner.stride[kSet], 0, n);
-                write_dx(k_, call_, at, tile, n, lanes, s, sums.at(o * extent), schedule_.stream);
-            }
+        }
+    }
+
+    void rows_of(const Offsets& first, const Tiles& tile, index_t rows, index_t lanes, bool own_sets, DownSums sums) {
+        const index_t every = tile.rows.stride[kSet];
+        for (index_t r = 0, n; r < rows; r += n, sums.fresh = false) {
+            const Offsets at = r == 0 ? first : first + offsets(tile.rows, r);
+            n = own_sets && schedule_.in_eights ? in_eights(at, tile, rows - r, lanes, sums) : 0;
+            if (n > 0) continue;
+            n = std::min(rows - r, index_t{kSumRows});
+            if (own_sets && row_by_row(at, tile, n, lanes, sums)) continue;
+            if (own_sets) sums_of_sets(at, tile.rows, n);
+            write_dx(k_, call_, at, tile, n, lanes, statistics_.tile(at[kSet], every, 0, n), sums, schedule_.stream);
         }
     }
 
     // The same for sets that are short rows, by a kernel that takes them eight at a time. Returns how many it has done.
     index_t in_eights(const Offsets& at, const Tiles& tile, index_t rows, index_t lanes, DownSums sums) const {
-        if (!schedule_.in_eights || tile.rows.stride[kStatistic] != 1) return 0;
-        rows = std::min(rows, kLongestPiece / lanes);
+        double room[2][kManyRows];
+        const double *mean = plan_.center ? room[0] : nullptr, *rstd = room[1];
+        if (statistics_follow(plan_.kept, tile.rows)) {
+            if (mean) mean = call_.mean + at[kStatistic];
+            rstd = call_.rstd + at[kStatistic];
+        } else {
+            const auto copy = [&](index_t i, index_t n, index_t from, index_t step) {
+                for (index_t k = 0; mean && k < n; ++k) room[0][i + k] = call_.mean[from + k * step];
+                for (index_t k = 0; k < n; ++k) room[1][i + k] = call_.rstd[from + k * step];
+            };
+            for_statistics(plan_.kept, at[kSet], tile.rows.stride[kSet], rows, copy);
+        }
         return backward_in_eights(k_, operand(call_.dy, call_.dtype, at, tile, kDy),
                                   operand(call_.x, call_.dtype, at, tile, kX),
                                   parameter(call_.weight, call_.weight_dtype, at, tile, kWeight, one<T>()),
-                                  operand(call_.dx, call_.dtype, at, tile, kY), rows, lanes,
-                                  plan_.center ? call_.mean + at[kStatistic] : nullptr, call_.rstd + at[kStatistic],
-                                  sums, schedule_.stream, schedule_.far);
+                                  operand(call_.dx, call_.dtype, at, tile, kY), rows, lanes, mean, rstd, sums,
+                                  schedule_.stream, schedule_.far);
     }
 
     // The same for sets that are one row each, by a kernel that does the sums of one beside dx of another.
     // False where the kernels can't.
     bool row_by_row(const Offsets& at, const Tiles& tile, index_t rows, index_t lanes, DownSums sums) {
         if (!schedule_.by_row || !set_is_row_ || elements_.n > 1) return false;
-        if (tile.rows.stride[kSet] != 1) return false;
-        load_statistics(at[kSet], rows);
-        const index_t first = at[kSet];
+        const index_t first = at[kSet], every = tile.rows.stride[kSet];
+        load_statistics(first, rows, every);
         return backward_rows(k_, operand(call_.dy, call_.dtype, at, tile, kDy),
                              operand(call_.x, call_.dtype, at, tile, kX),
                              parameter(call_.weight, call_.weight_dtype, at, tile, kWeight, one<T>()),
-                             operand(call_.dx, call_.dtype, at, tile, kY), statistics_.tile(first, 1, 0, rows), rows,
-                             lanes, sums, schedule_.stream, schedule_.far, plan_.center, statistics_.mean_g() + first,
-                             statistics_.mean_g_xhat() + first);
+                             operand(call_.dx, call_.dtype, at, tile, kY), statistics_.tile(first, every, 0, rows),
+                             rows, lanes, sums, schedule_.stream, schedule_.far, plan_.center,
+                             statistics_.mean_g() + first, statistics_.mean_g_xhat() + first);
     }
 
     // The sums of all blocks, in order, to the gradients.
@@ -560,61 +595,53 @@ class RowsBackward {
         finish(set, 1, &sums);
     }
 
-    // The same for `n` <= kSumRows sets, `step` apart.
-    void sums_of_sets(index_t set, index_t step, index_t n) {
-        const Axis& next = plan_.kept.inner();
-        if (!wants_set_sums() || step != 1 || !leaf_is_set_ || set % next.extent + n > next.extent) {
-            for (index_t i = 0; i < n; ++i) set_sums(set + i * step);
+    // The same for n <= kSumRows sets along `next`, which have their parameters in common.
+    void sums_of_sets(const Offsets& at, const Axis& next, index_t n) {
+        const index_t set = at[kSet], every = next.stride[kSet];
+        if (!wants_set_sums() || !leaf_is_set_) {
+            for (index_t i = 0; i < n && !gives_up(); ++i) set_sums(set + i * every);
             return;
         }
-        load_statistics(set, n);
-        sums_of_alike(plan_.kept.offsets(set), next, n);
-    }
-
-    // The same for sets that are a row each, have their parameters in common and lie at one distance, that of `next`.
-    // Their statistics have been loaded.
-    void sums_of_alike(const Offsets& at, const Axis& next, index_t n) {
+        load_statistics(set, n, every);
         const Leaves::Leaf row = leaves_[0];
         Strided dy = read_dy_(call_.dy + at[kDy], row, nullptr), x = read_x_(call_.x + at[kX], row, nullptr);
         dy.row = next.stride[kDy];
         x.row = next.stride[kX];
         const Strided w = call_.weight ? read_w_(call_.weight + at[kWeight], row, nullptr) : one<T>();
-        const index_t set = at[kSet], step = next.stride[kSet];
         Sums sums[kSumRows];
-        sums_of_rows(k_, dy, x, w, statistics_.tile(set, step, 0, n), n, row.lanes, schedule_.far, sums);
-        if (step == 1) return finish(set, n, sums);
-        for (index_t i = 0; i < n; ++i) finish(set + i * step, 1, sums + i);
+        sums_of_rows(k_, dy, x, w, statistics_.tile(set, every, 0, n), n, row.lanes, schedule_.far, sums);
+        finish(set, n, sums, every);
     }
 
-    void all_set_sums() {
+    void all_set_sums(const Grid& grid) {
         if (schedule_.split && wants_set_sums()) {
             load_statistics(0, plan_.sets);
             const Buffer<Sums> sums(plan_.sets);
             sweep_sums(sums);
             return;
         }
-        if (wants_set_sums() && plan_.kept.n == 2 && leaf_is_set_) {
-            // Neighbours that have parameters of their own (group norm of vectors): those of several rows that have
-            // not.
-            const Axis &rows = plan_.kept.axis[0], &sets = plan_.kept.axis[1];
-            if (rows.stride[kWeight] == 0 && sets.stride[kWeight] != 0) {
-                load_statistics(0, plan_.sets);
-                const index_t bytes = kSumRows * plan_.set_size * index_t{sizeof(X)};
-                const index_t per = std::max(index_t{1}, kPieceBytes / bytes);
-                const index_t pieces = (sets.extent + per - 1) / per;
-                parallel_for((rows.extent + kSumRows - 1) / kSumRows * pieces, schedule_.threads, [&](index_t i) {
-                    const index_t r = i / pieces * kSumRows, n = std::min(index_t{kSumRows}, rows.extent - r);
-                    const index_t first = i % pieces * per, last = std::min(first + per, sets.extent);
-                    for (index_t set = first; set < last; ++set) {
-                        sums_of_alike(offsets(rows, r) + offsets(sets, set), rows, n);
-                    }
-                });
-                return;
-            }
+        if (!grid.rows_are_sets || !grid.apart) {
+            const SetPieces pieces(plan_, 2 * sizeof(X), schedule_, tiles_.at_once());
+            parallel_for(pieces.count(), schedule_.threads, [&](index_t i) {
+                for (index_t set = pieces.first(i); set < pieces.last(i); ++set) set_sums(set);
+            });
+            return;
         }
-        const SetPieces pieces(plan_, 2 * sizeof(X), schedule_, tiles_.at_once());
-        parallel_for(pieces.count(), schedule_.threads, [&](index_t i) {
-            for (index_t set = pieces.first(i); set < pieces.last(i); ++set) set_sums(set);
+        // Some rows, and then as many of each that lies inside or beside them.
+        const Axis& along = grid.rows.inner();
+        const index_t others = grid.others.size(), beside = grid.inside.size() * others;
+        const index_t fair = schedule_.threads > 1 ? plan_.sets / (4 * schedule_.threads) : plan_.sets;
+        const index_t few = std::clamp(fair, index_t{1}, index_t{kSumRows});
+        const index_t near = kPieceBytes / (few * plan_.set_size * index_t{2 * sizeof(X)});
+        const index_t per = std::clamp(std::min(near, fair / few), index_t{1}, beside);
+        const index_t pieces_along = (along.extent + few - 1) / few, pieces = (beside + per - 1) / per;
+        parallel_for(grid.rows.size() / along.extent * pieces_along * pieces, schedule_.threads, [&](index_t i) {
+            const index_t outer = i / pieces / pieces_along, r = i / pieces % pieces_along * few;
+            const index_t n = std::min(few, along.extent - r), first = i % pieces * per;
+            const Offsets row = grid.rows.offsets(outer * along.extent + r);
+            for (index_t k = first; k < std::min(first + per, beside) && !gives_up(); ++k) {
+                sums_of_sets(row + grid.inside.offsets(k / others) + grid.others.offsets(k % others), along, n);
+            }
         });
     }
 

@@ -35,13 +35,11 @@ class RowsForward {
           y_on_lines_(lies_on_lines()) {}
 
     void run() {
-        if (schedule_.resident && !schedule_.split) {
-            const SetPieces pieces(plan_, sizeof(X), schedule_, tiles_.at_once());
-            parallel_for(pieces.count(), schedule_.threads,
-                         [&](index_t i) { whole_sets(pieces.first(i), pieces.last(i)); });
-        } else {
-            two_sweeps();
-        }
+        if (schedule_.split || !schedule_.resident) return two_sweeps();
+        if (schedule_.in_eights) return sets_in_eights();
+        const SetPieces pieces(plan_, sizeof(X), schedule_, tiles_.at_once());
+        parallel_for(pieces.count(), schedule_.threads,
+                     [&](index_t i) { whole_sets(pieces.first(i), pieces.last(i)); });
     }
 
   private:
@@ -68,7 +66,6 @@ class RowsForward {
 
     void whole_sets(index_t first, index_t last) const {
         if (!schedule_.by_row) return in_turn(first, last);
-        if (schedule_.in_eights) return rows_in_eights(first, last);
         return elements_.n == 1 ? rows_beside(first, last) : whole_sets_beside(first, last);
     }
 
@@ -82,26 +79,58 @@ class RowsForward {
         }
     }
 
-    // Sets that are short rows, by a kernel that takes them eight at a time.
-    void rows_in_eights(index_t first, index_t last) const {
+    // Sets that are short rows: some of them, and then as many of each that lies inside.
+    void sets_in_eights() const {
+        const SetRows sets(plan_.kept);
+        const bool follow = statistics_follow(plan_.kept, sets.along());
+        const index_t inside = sets.inside.size(), extent = sets.along().extent;
+        const index_t most = inside == 1 && follow ? kLongestPiece / plan_.set_size
+                                                   : rows_at_once(inside * plan_.set_size * index_t{sizeof(X)});
+        const SetPieces pieces(plan_, sizeof(X), schedule_, inside);
+        parallel_for(pieces.count(), schedule_.threads, [&](index_t i) {
+            index_t row = pieces.first(i) / inside;
+            for (index_t end = pieces.last(i) / inside, n; row < end && !gives_up(); row += n) {
+                n = std::min({end - row, extent - row % extent, most});
+                const index_t whole = inside > 1 ? n - n % kEight : n;
+                for (index_t k = 0; k < inside; ++k) in_eights(sets.along(), follow, row * inside + k, whole);
+                if (whole < n) in_turn((row + whole) * inside, (row + n) * inside);
+            }
+        });
+    }
+
+    // n sets from `first` on along an axis, by a kernel that takes eight at a time. follow: so do their statistics.
+    void in_eights(const Axis& along, bool follow, index_t first, index_t n) const {
+        const index_t every = along.stride[kSet];
         Tiles rows(elements_, 0);
-        rows.rows = tiles_.next;
-        const index_t most = kLongestPiece / plan_.set_size, extent = tiles_.next.extent;
+        rows.rows = along;
         constexpr index_t kFarEnough = 8 * kEight;
         index_t in_turn_then = kEight / 2;
-        for (index_t set = first; set < last && !gives_up();) {
-            const index_t n = std::min({last - set, extent - set % extent, most});
+        double room[3][kManyRows];
+        double* const all[3] = {call_.mean, call_.rstd, call_.M2};
+        for (index_t done = 0; done < n;) {
+            const index_t set = first + done * every;
             const Offsets at = plan_.kept.offsets(set);
-            const auto from = [i = at[kStatistic]](double* all) { return all ? all + i : nullptr; };
-            const index_t done =
-                forward_in_eights(k_, tile_at(at, rows, {Offsets{}, n, rows.lanes.extent}, {}), plan_.center, call_.eps,
-                                  from(call_.mean), from(call_.rstd), from(call_.M2));
+            double* to[3];
+            for (int a = 0; a < 3; ++a) {
+                to[a] = !all[a] ? nullptr : follow ? all[a] + at[kStatistic] : room[a];
+            }
+            const index_t eights =
+                forward_in_eights(k_, tile_at(at, rows, {Offsets{}, n - done, rows.lanes.extent}, {}), plan_.center,
+                                  call_.eps, to[0], to[1], to[2]);
+            for (int a = 0; !follow && a < 3; ++a) {
+                if (!all[a]) continue;
+                for_statistics(plan_.kept, set, every, eights, [&](index_t i, index_t some, index_t to, index_t step) {
+                    for (index_t k = 0; k < some; ++k) all[a][to + k * step] = room[a][i + k];
+                });
+            }
+            done += eights;
             // What the kernel leaves: less than eight, or eight of which some are not plain; where it does not get far,
             // since it begins anew each time, more and more.
-            in_turn_then = done >= kFarEnough ? index_t{kEight} : std::min(2 * in_turn_then, kSetsAtOnce);
-            const index_t others = std::min(n - done, in_turn_then);
-            if (others > 0) in_turn(set + done, set + done + others);
-            set += done + others;
+            in_turn_then = eights >= kFarEnough ? index_t{kEight} : std::min(2 * in_turn_then, kSetsAtOnce);
+            const index_t others = std::min(n - done, in_turn_then), next = first + done * every;
+            if (every == 1 && others > 0) in_turn(next, next + others);
+            for (index_t i = 0; every > 1 && i < others; ++i) in_turn(next + i * every, next + i * every + 1);
+            done += others;
         }
     }
 

@@ -10,7 +10,6 @@ constexpr index_t kMostGrid = INT32_MAX;
 constexpr int kAloneWarps = 4;         // of a block in which every warp has sets of its own
 constexpr index_t kLeastCell = 16;     // elements; with fewer to a warp the weights go into the sums
 constexpr index_t kMostTeamSets = 64;  // a gradient by element adds so many numbers in the type of arithmetic
-constexpr unsigned kMemory = bit(kX) | bit(kY) | bit(kDy) | bit(kWeight) | bit(kBias) | bit(kGradient);
 
 index_t up(index_t n, index_t by) { return (n + by - 1) / by; }
 index_t limited(index_t grid) { return std::min(std::max<index_t>(grid, 1), kMostGrid); }
@@ -114,12 +113,12 @@ class Planner {
                 if (by_row && (varies(lane, o) || varies(merge, o))) columns_ = false;
             }
         }
-        constexpr unsigned kOfSets = kMemory | bit(kStatistic) | bit(kSet);
+        constexpr unsigned kOfSets = kElementOperands | bit(kStatistic) | bit(kSet);
         int n = 0;
         if (columns_) {
             const Axis lane = kept_.inner(), merge = inner_.inner();
             const Nest outer = collapse(kept_.without_inner(), kOfSets),
-                       rows = collapse(inner_.without_inner(), kMemory);
+                       rows = collapse(inner_.without_inner(), kElementOperands);
             for (int i = 0; i < outer.n; ++i) push(outer.axis[i], &n, w_.axis);
             push(lane, &n, w_.axis);
             w_.kept = n;
@@ -147,7 +146,7 @@ class Planner {
             tile_columns(rows.size());
             return;
         }
-        const Nest kept = collapse(kept_, kOfSets), inner = collapse(inner_, kMemory);
+        const Nest kept = collapse(kept_, kOfSets), inner = collapse(inner_, kElementOperands);
         for (int i = 0; i < kept.n; ++i) push(kept.axis[i], &n, w_.axis);
         w_.kept = n;
         for (int i = 0; i < inner.n; ++i) push(inner.axis[i], &n, w_.axis);
