@@ -1,9 +1,9 @@
 """The cases of all benchmarks, and the fewest bytes that each has to move: the one place of both.
 
-    python bench/cases.py [--device cuda] [--cpp]
+    python bench/cases.py [--device cuda | --more] [--cpp]
 
-prints the names of all cases, of the CPU or of a GPU; with --cpp the table that the C++ benchmark is compiled with, a
-row for each case and pass:
+prints the names of all cases, of the CPU, those beyond its list, or of a GPU; with --cpp the table that the C++
+benchmark is compiled with, a row for each case and pass:
 
     NORMKIT_CASE(name, norm, pass, layout, num_groups, passes2, passes4, passes8, extents...)
 
@@ -158,6 +158,17 @@ HALF_CASES: tuple[Case, ...] = (
     *(Case("bn", layout, images(32, 64, 56)) for layout in ("nchw", "nhwc")),
 )
 
+# Beyond the list: small images and small sets, as the last stages of networks have them, and groups of vectors.
+MORE_CASES: tuple[Case, ...] = (
+    *(Case("bn", "nchw", images(*shape)) for shape in ((2, 2048, 7), (8, 512, 4), (128, 512, 4), (512, 512, 2))),
+    *(Case("bn", "nchw", shape) for shape in ((256, 1024), (64, 1280))),
+    *(Case("gn", "nchw", shape, 32) for shape in (images(128, 64, 8), images(1, 512, 8), (256, 512), (4096, 256))),
+    *(Case("gn", "nchw", shape, 4) for shape in (images(64, 32, 4), (1024, 64))),
+    *(Case("in", "nchw", shape) for shape in (images(8, 512, 4), images(32, 64, 10), (64, 256, 1, 8))),
+    *(Case("ln", "rows", shape) for shape in ((32, 4096), (100, 5000), (1000, 32), (1024, 384), (2048, 160))),
+    *(Case("rms", "rows", shape) for shape in ((32, 4096), (24576, 64))),
+)
+
 # What a GPU is measured on, in every dtype: arrays large enough for it.
 GPU_ROWS = [
     *((32768, d) for d in (256, 1024, 4096, 8192, 16384)),
@@ -191,11 +202,12 @@ def cpp_row(case: Case, which: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print the cases of the benchmarks.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose cases (default: cpu)")
+    parser.add_argument("--more", action="store_true", help="those of the CPU beyond its list")
     parser.add_argument("--cpp", action="store_true", help="as the table that the C++ benchmark is compiled with")
     options = parser.parse_args()
     if options.cpp:
         print("// Made by bench/cases.py --cpp, which says what the columns are.")
-    for case in GPU_CASES if options.device == "cuda" else CASES:
+    for case in GPU_CASES if options.device == "cuda" else MORE_CASES if options.more else CASES:
         for which in case.passes:
             print(cpp_row(case, which) if options.cpp else name(case, which))
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import report
-from cases import CASES, DTYPES, GPU_CASES, HALF_CASES, Case, fewest_bytes, name
+from cases import CASES, DTYPES, GPU_CASES, HALF_CASES, MORE_CASES, Case, fewest_bytes, name
 from contenders import (
     Apex,
     Contender,
@@ -277,6 +277,8 @@ def wanted(options: argparse.Namespace) -> list[tuple[Case, str, str]]:
     def cases(dtype: str) -> tuple[Case, ...]:
         if options.device == "cuda":
             return GPU_CASES
+        if options.more_cases:
+            return MORE_CASES
         return CASES if options.all_cases or DTYPES[dtype] > 2 else HALF_CASES
 
     def chosen(case: Case, which: str, dtype: str) -> bool:
@@ -343,6 +345,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--cases", default="*", help="comma-separated parts of names, or patterns with *; cases.py prints all names")
     add("--dtype", action="append", choices=list(DTYPES), help="may be repeated; default: float32 and the half types")
     add("--all-cases", action="store_true", help="the half types on every case, as on a GPU, not on the few of a CPU")
+    add(
+        "--more-cases", action="store_true", help="small images and small sets, beyond the list of a CPU, and no others"
+    )
     add("--mode", choices=("call", "out"), default="call", help="fresh outputs, or outputs given (default: call)")
     choices = "; ".join(f"{device}: {','.join(peers)}" for device, peers in PEERS.items())
     add("--contenders", type=names, help=f"peers, if installed; default: all, which are ({choices})")
@@ -360,9 +365,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         options.rounds = FEWEST_ROUNDS if options.quick else ROUNDS
     if options.rounds < 1:
         parser.error(f"--rounds must be 1 or more, got {options.rounds}")
-    given = [key for key in ("threads", "benchdnn", "loose") if getattr(options, key)]
+    given = [key for key in ("threads", "benchdnn", "loose", "more_cases") if getattr(options, key)]
     if options.device != "cpu" and given:
-        parser.error(f"--{given[0]} must be left out with --device {options.device}: it is of the CPU")
+        parser.error(
+            f"--{given[0].replace('_', '-')} must be left out with --device {options.device}: it is of the CPU"
+        )
     options.threads = options.threads or sorted({1, cores()})
     if min(options.threads) < 1:
         parser.error(f"--threads must be 1 or more, got {min(options.threads)}")
@@ -374,7 +381,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.benchdnn and not shutil.which(options.benchdnn):
         parser.error(f"--benchdnn must name a program, got {options.benchdnn!r}")
     if not wanted(options):
-        prints = "python bench/cases.py" + ("" if options.device == "cpu" else f" --device {options.device}")
+        whose = f" --device {options.device}" if options.device != "cpu" else " --more" * options.more_cases
+        prints = f"python bench/cases.py{whose}"
         parser.error(f"--cases must match a name that `{prints}` prints, got {options.cases!r}")
     return options
 

@@ -70,6 +70,7 @@ def test_names(cases):
     } <= set(names)
     assert not any("bn" not in name and "evaluate" in name for name in names)
     assert set(cases.HALF_CASES) <= set(cases.CASES)
+    assert not set(cases.MORE_CASES) & set(cases.CASES)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +281,13 @@ def test_compare_with_another_core(modules, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--cases", "no such case"], ["--contenders", "no such peer"], ["--benchdnn", "no such program"]]
+    "arguments",
+    [
+        ["--cases", "no such case"],
+        ["--cases", "no such case", "--more-cases"],
+        ["--contenders", "no such peer"],
+        ["--benchdnn", "no such program"],
+    ],
 )
 def test_compare_says_what_there_is(modules, arguments, capsys):
     with pytest.raises(SystemExit):
@@ -711,6 +718,7 @@ def test_compare_says_what_it_takes_on_gpu(modules, normkit_is_built, found, wor
     [
         (["--threads", "2"], "--threads must be left out with --device cuda"),
         (["--loose", "core.so"], "--loose must be left out with --device cuda"),
+        (["--more-cases"], "--more-cases must be left out with --device cuda"),
         (["--contenders", "jax"], "--contenders must be of torch, compile, apex, liger, quack, got jax"),
         (["--cases", "no such case"], "`python bench/cases.py --device cuda` prints, got 'no such case'"),
     ],

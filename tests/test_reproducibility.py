@@ -420,18 +420,24 @@ def test_short_rows_in_eights(rng, norm, lanes, dtype):
             assert one is (dtype.itemsize < 8 and lanes * arrays <= most)
 
 
-# (batch, head, token, lane) arrays as they lie, by token, out of a packed array, and both.
-HEADS = {
-    "contiguous": lambda a: a,
-    "by token": lambda a: np.ascontiguousarray(a.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3),
-    "packed": lambda a: np.stack([a, a, a], axis=3)[:, :, :, 1],
-    "packed by token": lambda a: np.stack([a.transpose(0, 2, 1, 3)] * 3, axis=2)[:, :, 1].transpose(0, 2, 1, 3),
-}
+def by_token(a):
+    """(batch, head, token, lane) as (batch, token, head, lane) in memory."""
+    return np.ascontiguousarray(a.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+
+
+def packed(a):
+    """One of three that lie side by side, those of each head or (by token) of all heads."""
+    if not a.flags.c_contiguous:
+        return packed(a.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+    return np.stack([a, a, a], axis=2)[:, :, 1]
+
+
+HEADS = {"contiguous": lambda a: a, "by token": by_token, "packed": packed, "both": lambda a: packed(by_token(a))}
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms", "group"])
 @pytest.mark.parametrize(
-    ("tokens", "groups", "lanes"), [(100, 6, 64), (533, 3, 17), (21, 40, 8), (70, 12, 200)], ids=str
+    ("tokens", "groups", "lanes"), [(100, 6, 64), (533, 3, 17), (1100, 5, 24), (21, 40, 8), (70, 12, 200)], ids=str
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "wild"])
@@ -439,10 +445,14 @@ def test_short_rows_with_gaps_in_eights(rng, norm, tokens, groups, lanes, dtype,
     """Heads of attention as views, and groups of vectors: eight rows at a time along one of their axes.
 
     If not plain, among them such as no eight can have (then gradients of parameters are mostly NaN). Rows are as in any
-    other layout; so are statistics, wherever these belong.
+    other layout; so are statistics, wherever these belong. Sums over the rows are the same on any path.
     """
     dtype = np.dtype(dtype)
     x, dy = (random(rng, (2, groups, tokens, lanes), dtype=dtype.name) for _ in range(2))
+    if plain and dtype.name != "float16":
+        # Sums of 16 rows that are far apart: their rounding in double tells another order of additions.
+        exponents = rng.integers(-40, 40, (2, groups, tokens // 16 + 1, 1)).repeat(16, axis=2)
+        dy *= (2.0 ** exponents[:, :, :tokens]).astype(dtype)
     if not plain:
         x[0, 0, 3] = x[1, -1, tokens - 2] = 0
         x[0, 0, 9, -1], x[1, 0, 11, 0] = np.inf, np.nan
@@ -451,20 +461,27 @@ def test_short_rows_with_gaps_in_eights(rng, norm, tokens, groups, lanes, dtype,
     weight, bias = (random(rng, (of,), dtype=dtype.name) for _ in range(2))
 
     def run(lay_out):
-        """y, the statistics and the gradients."""
+        """y, the statistics and the gradients, those of the parameters as they were summed."""
+        sums = {"grad_dtype": np.float64}
         if norm == "group":  # a vector a token
             vectors, gradient = (a.transpose(0, 2, 1, 3).reshape(-1, of) for a in (x, dy))
             y, mean, rstd = nk.group_norm_forward(vectors, groups, weight, bias)
-            results = [y, mean, rstd, *nk.group_norm_backward(gradient, vectors, mean, rstd, groups, weight)]
+            results = [y, mean, rstd, *nk.group_norm_backward(gradient, vectors, mean, rstd, groups, weight, **sums)]
         elif norm == "layer":
             y, mean, rstd = nk.layer_norm_forward(lay_out(x), lanes, weight, bias)
-            results = [y, mean, rstd, *nk.layer_norm_backward(lay_out(dy), lay_out(x), mean, rstd, lanes, weight)]
+            results = [
+                y,
+                mean,
+                rstd,
+                *nk.layer_norm_backward(lay_out(dy), lay_out(x), mean, rstd, lanes, weight, **sums),
+            ]
         else:
             y, rstd = nk.rms_norm_forward(lay_out(x), lanes, weight)
-            results = [y, rstd, *nk.rms_norm_backward(lay_out(dy), lay_out(x), rstd, lanes, weight)]
+            results = [y, rstd, *nk.rms_norm_backward(lay_out(dy), lay_out(x), rstd, lanes, weight, **sums)]
         return results, _debug.last_path()["in_eights"]
 
     first = None
+    assert packed(by_token(x)).strides[1:3] == (x.strides[2], 3 * groups * x.strides[2])
     for lay_out in HEADS.values() if norm != "group" else [None]:
         with np.errstate(all="ignore"), _debug.force(isa=_debug.isas()[0], by_row=False, stream=False, threads=1):
             expected, in_eights = run(lay_out)
@@ -478,6 +495,9 @@ def test_short_rows_with_gaps_in_eights(rng, norm, tokens, groups, lanes, dtype,
             same(results, expected)
             # Backward, from memory, rows of 512 bytes at most.
             assert in_eights is (dtype.itemsize < 8 and not (stream and lanes * dtype.itemsize > 512))
+        for choices in ({"by_row": False}, {"split": True}, {"resident": False}):
+            with np.errstate(all="ignore"), _debug.force(threads=2, **choices):
+                same(run(lay_out)[0], expected)
 
 
 def test_in_eights_is_said_only_where_it_is(rng):

@@ -97,7 +97,7 @@ SetRows::SetRows(const Nest& sets) {
     }
     const Nest axes = collapse(sets, kElementOperands | bit(kSet));
     int along = axes.n - 1;
-    for (int i = axes.n - 2; i >= 0 && axes.axis[along].extent < kLongEnough; --i) {
+    for (int i = axes.n - 2; i >= 0 && axes.axis[along].extent < kLongAxis; --i) {
         if (axes.axis[i].extent > axes.axis[along].extent) along = i;
     }
     for (int i = 0; i < axes.n; ++i) (i <= along ? rows : inside).push(axes.axis[i]);

@@ -54,7 +54,7 @@ struct SetRows {
     explicit SetRows(const Nest& sets);
     const Axis& along() const { return rows.inner(); }
 };
-constexpr index_t kLongEnough = 32;
+constexpr index_t kLongAxis = 32;  // docs/decisions/0002-schedule.md, "Short rows"
 
 // Leaves of a reduction over `runs` runs of `run` elements: `rows` whole runs in a leaf where they are short, else
 // `per_run` pieces of a run, of kLeafLanes elements but for the last.

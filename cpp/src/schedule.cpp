@@ -178,7 +178,7 @@ bool beside_pays(const Plan& plan, index_t element, int arrays, index_t all, int
         const bool in_cache = arrays == 1 && all < far_bytes(Writes::beside, threads);
         if (in_cache && plan.center && per_lane && plan.set_size > cpu::kMostOfEight) return false;
         const index_t least = in_cache ? kLeastRowNear : kLeastRow, row = plan.set_size * element;
-        const bool too_long = arrays > 1 && row > kTooLongBeside && row <= kTooLongInTurn &&
+        const bool too_long = !cpu::long_rows_beside && arrays > 1 && row > kTooLongBeside && row <= kTooLongInTurn &&
                               plan.set_size <= kLeafLanes && all >= far_bytes(Writes::dx, threads);
         return bytes > least_of_one_run(threads) && row >= least && !too_long;
     }

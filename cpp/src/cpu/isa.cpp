@@ -48,6 +48,14 @@ bool asks_l1() {
 #endif
 }
 
+bool is_intel() {
+#if defined(NORMKIT_X86)
+    return __builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+}
+
 #define NORMKIT_BASELINE(dtype, element, arithmetic) &kernels_baseline_##dtype,
 #define NORMKIT_AVX2(dtype, element, arithmetic) &kernels_avx2_##dtype,
 #define NORMKIT_AVX512(dtype, element, arithmetic) &kernels_avx512_##dtype,
@@ -89,6 +97,7 @@ std::atomic<const Isa*>& chosen() {
 }  // namespace
 
 const bool ahead_to_l1 = asks_l1();
+const bool long_rows_beside = is_intel();
 
 const Isa& isa_in_force() {
     const char* forced = this_thread_choices().isa;

@@ -62,6 +62,10 @@ constexpr index_t kLine = 64;  // bytes of a cache line
 // Whether what is read next is best asked for to L1, and not to L2 (docs/decisions/0002-schedule.md, "To which cache").
 extern const bool ahead_to_l1;
 
+// Whether dx of rows that come from memory is written beside the sums of the next row also where L1 has no room for
+// both (docs/decisions/0002-schedule.md, "Row by row").
+extern const bool long_rows_beside;
+
 NORMKIT_HOST_DEVICE bool on_line(const char* p) { return reinterpret_cast<std::uintptr_t>(p) % kLine == 0; }
 template <class P>
 NORMKIT_HOST_DEVICE bool on_lines(Rows<P> a) {

@@ -35,6 +35,7 @@ using normkit::cpu::kMostSums;
 using normkit::cpu::kSideBySide;
 using normkit::cpu::lanes_of_part;
 using normkit::cpu::LeafSeries;
+using normkit::cpu::long_rows_beside;
 using normkit::cpu::on_line;
 using normkit::cpu::on_lines;
 using normkit::cpu::Out;

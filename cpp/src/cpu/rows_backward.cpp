@@ -120,8 +120,8 @@ class RowsBackward {
                           s, piece.rows, piece.lanes, schedule_.far);
     }
 
-    // From the sums of the cells of n sets (of all leaves of them, where by element), neighbours but where `every` says
-    // otherwise, to what dx needs.
+    // From the sums of the cells of n neighbouring sets (of all leaves of them, where by element: then they need not be
+    // neighbours, but each the `every`-th) to what dx needs.
     void finish(index_t first, index_t n, const Sums* cells, index_t every = 1) {
         if (!wants_set_sums()) return;
         if (cells_.by_element) return finish_with(first, n, cells, every, [](index_t) { return 1.0; });
@@ -485,10 +485,12 @@ class RowsBackward {
         const index_t inside = grid.inside.size(), others = grid.others.size(), extent = grid.lanes.extent;
         const Axis& along = grid.rows.inner();
         const Tiles tile(rows_and_lanes(along, grid.lanes), 0);
-        index_t most = kSumRows;
-        if (own_sets && schedule_.in_eights) {
-            const bool alone = inside == 1 && others == 1 && statistics_follow(plan_.kept, along);
-            most = alone ? kLongestPiece / lanes : rows_at_once(inside * others * lanes * index_t{2 * sizeof(X)});
+        // Where sums of several are added up in turn, so many decide bits: they follow from the plan.
+        index_t most = rows_at_once(inside * others * extent * index_t{2 * sizeof(X)});
+        if (inside == 1) {
+            const bool eights = own_sets && schedule_.in_eights;
+            if (!eights) most = kSumRows;
+            if (eights && others == 1 && statistics_follow(plan_.kept, along)) most = kLongestPiece / lanes;
         }
         for (index_t r = first, n; r < first + rows && !gives_up(); r += n) {
             n = std::min({along.extent - r % along.extent, first + rows - r, most});
@@ -496,8 +498,10 @@ class RowsBackward {
             for (index_t i = 0; i < inside && !(i > 0 && gives_up()); ++i) {
                 const Offsets of_others = inside == 1 ? row : row + grid.inside.offsets(i);
                 sums.fresh = r == first && i == 0;
-                if (own_sets && !grid.apart) sums_of_sets(of_others, along, n);
-                for (index_t o = 0; o < others; ++o) {
+                for (index_t k = 0; own_sets && !grid.apart && k < n; k += kSumRows) {
+                    sums_of_sets(of_others + offsets(along, k), along, std::min(n - k, index_t{kSumRows}));
+                }
+                for (index_t o = 0; o < others && !(o > 0 && gives_up()); ++o) {
                     const Offsets at = others == 1 ? of_others : of_others + grid.others.offsets(o);
                     rows_of(lane == 0 ? at : at + offsets(grid.lanes, lane), tile, n, lanes, own_sets && grid.apart,
                             sums.at(o * extent));

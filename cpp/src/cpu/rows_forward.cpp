@@ -92,7 +92,9 @@ class RowsForward {
             for (index_t end = pieces.last(i) / inside, n; row < end && !gives_up(); row += n) {
                 n = std::min({end - row, extent - row % extent, most});
                 const index_t whole = inside > 1 ? n - n % kEight : n;
-                for (index_t k = 0; k < inside; ++k) in_eights(sets.along(), follow, row * inside + k, whole);
+                for (index_t k = 0; k < inside && !gives_up(); ++k) {
+                    in_eights(sets.along(), follow, row * inside + k, whole);
+                }
                 if (whole < n) in_turn((row + whole) * inside, (row + n) * inside);
             }
         });
