@@ -485,7 +485,8 @@ class RowsBackward {
         const index_t inside = grid.inside.size(), others = grid.others.size(), extent = grid.lanes.extent;
         const Axis& along = grid.rows.inner();
         const Tiles tile(rows_and_lanes(along, grid.lanes), 0);
-        // Where sums of several are added up in turn, so many decide bits: they follow from the plan.
+        // Rows before the next of what lies inside. Where there is such, this is an order of additions, and follows
+        // from the plan.
         index_t most = rows_at_once(inside * others * extent * index_t{2 * sizeof(X)});
         if (inside == 1) {
             const bool eights = own_sets && schedule_.in_eights;
@@ -510,6 +511,7 @@ class RowsBackward {
         }
     }
 
+    // Rows that lie along one axis.
     void rows_of(const Offsets& first, const Tiles& tile, index_t rows, index_t lanes, bool own_sets, DownSums sums) {
         const index_t every = tile.rows.stride[kSet];
         for (index_t r = 0, n; r < rows; r += n, sums.fresh = false) {
@@ -524,6 +526,7 @@ class RowsBackward {
     }
 
     // The same for sets that are short rows, by a kernel that takes them eight at a time. Returns how many it has done.
+    // Precondition: rows <= kManyRows unless their statistics follow each other.
     index_t in_eights(const Offsets& at, const Tiles& tile, index_t rows, index_t lanes, DownSums sums) const {
         double room[2][kManyRows];
         const double *mean = plan_.center ? room[0] : nullptr, *rstd = room[1];

@@ -100,7 +100,8 @@ class RowsForward {
         });
     }
 
-    // n sets from `first` on along an axis, by a kernel that takes eight at a time. follow: so do their statistics.
+    // n sets from `first` on along an axis, by a kernel that takes eight at a time. follow: their statistics follow
+    // each other (else n <= kManyRows).
     void in_eights(const Axis& along, bool follow, index_t first, index_t n) const {
         const index_t every = along.stride[kSet];
         Tiles rows(elements_, 0);
