@@ -531,8 +531,9 @@ class RowsBackward {
         double room[2][kManyRows];
         const double *mean = plan_.center ? room[0] : nullptr, *rstd = room[1];
         if (statistics_follow(plan_.kept, tile.rows)) {
-            if (mean) mean = call_.mean + at[kStatistic];
-            rstd = call_.rstd + at[kStatistic];
+            const index_t first = plan_.kept.offset(kStatistic, at[kSet]);  // rows may be one axis where these are not
+            if (mean) mean = call_.mean + first;
+            rstd = call_.rstd + first;
         } else {
             const auto copy = [&](index_t i, index_t n, index_t from, index_t step) {
                 for (index_t k = 0; mean && k < n; ++k) room[0][i + k] = call_.mean[from + k * step];
