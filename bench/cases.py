@@ -201,8 +201,9 @@ def cpp_row(case: Case, which: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print the cases of the benchmarks.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose cases (default: cpu)")
-    parser.add_argument("--more", action="store_true", help="those of the CPU beyond its list")
+    whose = parser.add_mutually_exclusive_group()
+    whose.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose cases (default: cpu)")
+    whose.add_argument("--more", action="store_true", help="those of the CPU beyond its list")
     parser.add_argument("--cpp", action="store_true", help="as the table that the C++ benchmark is compiled with")
     options = parser.parse_args()
     if options.cpp:

@@ -45,9 +45,10 @@ constexpr index_t kMostMerged = 256;
 
 Plan make_plan(const Problem& problem);
 
-// The axes of sets that are one row each, as they lie in memory, whatever the order of their statistics, in two parts:
-// `rows`, of which the innermost is the one along which kernels take row after row, and what lies `inside` it. It is
-// the innermost axis that is long enough, or else the longest: of the heads of attention, if they are few, the tokens.
+// The axes of sets that are one row each, as they lie in memory, whatever the order of their statistics (whose strides
+// mean nothing here: they are found by the number of the set), in two parts: `rows`, of which the innermost is the one
+// along which kernels take row after row, and what lies `inside` it. It is the innermost axis that is long enough, or
+// else the longest: of the heads of attention, if they are few, the tokens.
 struct SetRows {
     Nest rows, inside;
 

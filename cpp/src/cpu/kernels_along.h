@@ -1650,7 +1650,7 @@ struct WritingDx : std::conditional_t<Add == Down::given, Gradients, NotGiven> {
 // Row r is written beside the sums of row r + 1; or before them, where two rows, the sums down the lanes and w together
 // are more than L1 holds. Time beside / in turn, rms norm of 2^24 elements (one thread of a Zen 5): rows of 1024 0.8,
 // 1536 1.0, 2048 1.35, 4096 1.45. Rows of 16 bits are half as long, and their conversions are worth doing meanwhile:
-// 4096 0.65. On other processors (long_rows_beside) 3072 to 8192 0.8 to 0.86 from memory, but 4096 in L2 1.12.
+// 4096 0.65. On an Emerald Rapids (long_rows_beside) 3072 to 8192 0.8 to 0.86 from memory, but 4096 in L2 1.12.
 constexpr index_t kLongestBeside = 6 * 1024;  // bytes of a row
 template <class X, Down Add, Stores How, bool IsBeside>
 void backward_row_by_row(const BackwardRows<Compute<X>>& of) {

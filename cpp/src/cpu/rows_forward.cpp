@@ -120,10 +120,11 @@ class RowsForward {
             const index_t eights =
                 forward_in_eights(k_, tile_at(at, rows, {Offsets{}, n - done, rows.lanes.extent}, {}), plan_.center,
                                   call_.eps, to[0], to[1], to[2]);
-            for (int a = 0; !follow && a < 3; ++a) {
-                if (!all[a]) continue;
+            if (!follow) {
                 for_statistics(plan_.kept, set, every, eights, [&](index_t i, index_t some, index_t to, index_t step) {
-                    for (index_t k = 0; k < some; ++k) all[a][to + k * step] = room[a][i + k];
+                    for (int a = 0; a < 3; ++a) {
+                        for (index_t k = 0; all[a] && k < some; ++k) all[a][to + k * step] = room[a][i + k];
+                    }
                 });
             }
             done += eights;
