@@ -117,14 +117,20 @@ index_t least_of_several(int threads) { return std::max(2 * l2_bytes(), least_of
 
 bool set_is_row(const Plan& plan) { return plan.walk == Walk::rows && plan.runs.size() == 1; }
 
-// Whether sums of one set can be taken beside the writing of another. Kernels take contiguous rows: forward with
-// parameters that are one a row, or along rows that are sets; backward the latter only, of not too many bytes.
+// Backward, whether parameters are one a row, not one an element: batch, instance, group.
+bool by_cell(const Plan& plan, int arrays) {
+    return arrays > 1 && collapse(plan.run, kElementOperands).inner().stride[kGradient] == 0;
+}
+
+// Whether sums of one set can be taken beside the writing of another. Kernels take contiguous rows, with parameters
+// that are one a row, or along rows that are sets; backward the latter of not too many bytes.
 bool can_go_by_row(const Plan& plan, index_t element, int arrays) {
     if (plan.walk != Walk::rows || plan.run.n == 0) return false;
     const Nest run = collapse(plan.run, kElementOperands);
     const Axis& lanes = run.inner();
     if (lanes.extent > 1 && (lanes.stride[kX] != element || lanes.stride[kY] != element)) return false;
     if (arrays == 1 && lanes.stride[kWeight] == 0 && lanes.stride[kBias] == 0) return true;
+    if (by_cell(plan, arrays)) return true;
     if (!set_is_row(plan) || run.n > 1) return false;
     if (arrays == 1) return lanes.extent <= kLongestRow;
     return lanes.stride[kGradient] != 0 && lanes.extent * std::max(element, index_t{sizeof(float)}) <= cpu::kMostSums;
@@ -134,7 +140,7 @@ bool can_go_by_row(const Plan& plan, index_t element, int arrays) {
 // most would be left over. Backward, that they share their parameters too.
 bool can_go_in_eights(const Plan& plan, index_t element, int arrays) {
     if (!set_is_row(plan) || element > 4 || plan.set_size * arrays > cpu::kMostOfEight) return false;
-    if (plan.sets < kSumRows || collapse(plan.run, kElementOperands).n > 1) return false;
+    if (plan.sets < kSumRows || collapse(plan.run, kElementOperands).n > 1 || by_cell(plan, arrays)) return false;
     Nest sets;
     for (int i = 0; i < plan.kept.n; ++i) {
         if (arrays == 1 || plan.kept.axis[i].stride[kGradient] == 0) sets.push(plan.kept.axis[i]);
@@ -168,6 +174,19 @@ bool parts_pay(const Plan& plan, index_t element, bool beyond_l3) {
 bool beside_pays(const Plan& plan, index_t element, int arrays, index_t all, int threads) {
     const Nest run = collapse(plan.run, kElementOperands);
     const index_t bytes = plan.total * element;
+    if (by_cell(plan, arrays)) {
+        // Time in turn / beside, one thread of an Emerald Rapids; two: instance norm 256 x 128 x 28^2 1.3; 1.2, float16
+        // 1.43; 1.37, 8 x 64 x 256^2 1.25; 1.23, group norm 32 x 256 x 56^2 1.24; 1.24, batch norm 1 x 512 x 64^2 1.17;
+        // 1.12, 32 x 128 x 28^2 1.2; 1.1. Of sets that leave L2 meanwhile, batch norm 40 x 256 x 56^2 (1 MB) 0.98;
+        // 0.94, 4 x 24 x 160 x 256 0.89; 0.96. Several runs of 16 bits 0.9 to 1.06, of up to 256 elements, which are
+        // summed in the order of memory, 0.93; 0.9. Sets of short runs gain where all come from memory: instance norm
+        // 1024 x 256 x 8^2 1.18; 1.15, 256 x 128 x 14^2 (77 MB) 1.09; 0.95.
+        if (!cpu::dx_beside || all < far_bytes(Writes::dx, threads)) return false;
+        if (plan.set_size * arrays * element > l2_bytes() * 3 / 8) return false;
+        const index_t lanes = run.inner().extent;
+        if (!set_is_row(plan)) return lanes > kLeastRun && element >= 4;
+        return lanes > kLeastRun || (lanes >= kStreamRow && all >= 2 * kBeyondL3);
+    }
     if (set_is_row(plan) && run.n == 1) {
         // In a cache, layer norm's rows that are too long for eight at a time are better off in turn, four of them
         // sharing the loads of w and b. Time beside / in turn, x of 1 to 4 MB, one thread of a Zen 5; two: 1100 float32
@@ -178,7 +197,7 @@ bool beside_pays(const Plan& plan, index_t element, int arrays, index_t all, int
         const bool in_cache = arrays == 1 && all < far_bytes(Writes::beside, threads);
         if (in_cache && plan.center && per_lane && plan.set_size > cpu::kMostOfEight) return false;
         const index_t least = in_cache ? kLeastRowNear : kLeastRow, row = plan.set_size * element;
-        const bool too_long = !cpu::long_rows_beside && arrays > 1 && row > kTooLongBeside && row <= kTooLongInTurn &&
+        const bool too_long = !cpu::dx_beside && arrays > 1 && row > kTooLongBeside && row <= kTooLongInTurn &&
                               plan.set_size <= kLeafLanes && all >= far_bytes(Writes::dx, threads);
         return bytes > least_of_one_run(threads) && row >= least && !too_long;
     }

@@ -97,7 +97,7 @@ std::atomic<const Isa*>& chosen() {
 }  // namespace
 
 const bool ahead_to_l1 = asks_l1();
-const bool long_rows_beside = is_intel();
+const bool dx_beside = is_intel();
 
 const Isa& isa_in_force() {
     const char* forced = this_thread_choices().isa;

@@ -26,6 +26,7 @@ constexpr Kernels<X> table() {
         {apply_along<X, false>, apply_along<X, true>},
         {apply_down<X, false>, apply_down<X, true>},
         {sums_along<X, false>, sums_along<X, true>},
+        sums_beside<X>,
         sums_across<X>,
         {dx_along<X, false>, dx_along<X, true>},
         backward_rows<X>,

@@ -62,9 +62,9 @@ constexpr index_t kLine = 64;  // bytes of a cache line
 // Whether what is read next is best asked for to L1, and not to L2 (docs/decisions/0002-schedule.md, "To which cache").
 extern const bool ahead_to_l1;
 
-// Whether dx of rows that come from memory is written beside the sums of the next row also where L1 has no room for
-// both (docs/decisions/0002-schedule.md, "Row by row").
-extern const bool long_rows_beside;
+// Whether dx of what comes from memory is best written beside the sums of what comes next also where that means more
+// streams: where L1 has no room for two rows, or sets wait in L2 (docs/decisions/0002-schedule.md, "Row by row").
+extern const bool dx_beside;
 
 NORMKIT_HOST_DEVICE bool on_line(const char* p) { return reinterpret_cast<std::uintptr_t>(p) % kLine == 0; }
 template <class P>
@@ -133,7 +133,8 @@ struct Seam {
     index_t bytes = 0;
 };
 
-// A tile that is written a little at a time, beside other work: the arguments of apply_along, and where to go on.
+// A tile that is written a little at a time, beside other work: the arguments of apply_along, or, if there is a dy, of
+// dx_along (to y), and where to go on.
 template <class X>
 struct Unwritten {
     In x;
@@ -153,6 +154,7 @@ struct Unwritten {
     // stream, and lies whole elements from this one.
     bool (*next)(void* writer) = nullptr;
     void* writer = nullptr;
+    In dy{};
 
     bool done() const { return row == rows; }
 };
@@ -224,6 +226,9 @@ struct Kernels {
     // Sums of g = w * dy and g * xhat over the leaves of n series, n >= 1. Index: as above. far: as for moments, where
     // runs lie far apart.
     void (*sums_along[2])(const SumSeries* series, index_t n, Statistics<T> s, bool far, Sums* out);
+
+    // The same with w one a row while `tile`, of dx, is written, as far as that goes.
+    void (*sums_beside)(const SumSeries* series, index_t n, Statistics<T> s, Sums* out, Unwritten<X>& tile);
 
     // Adds to out[r] the sums of dy and dy * xhat over the lanes of row r, which are different sets: statistics are one
     // a lane. Precondition: lanes <= kLeafLanes.

@@ -1139,6 +1139,7 @@ void sums_across(In dy, In x, Statistics<Compute<X>> s, index_t rows, index_t la
 template <class X, bool WLane, Stores How>
 struct Applying {
     using T = Compute<X>;
+    using Ends = EndsOf<X, How, WLane>;
     static constexpr bool kBehindHead = WLane && How == Stores::joined, kHasOthers = false;
     NK_INLINE static index_t head_of_leaf(const char* x) { return head_of<X>(x); }
     static constexpr index_t kElements = kTurn / 2;
@@ -1372,15 +1373,15 @@ __attribute__((noinline, cold)) bool next_tile(const Unwritten<X>& tile) {
     return tile.next && tile.next(tile.writer);
 }
 
-// A tile, and those that come next, as something to write beside other work, which ends in the midst of its rows.
-template <class X, bool WLane, Stores How>
-class ApplyingTile {
+// A tile, and those that come next, as something to write beside other work, which ends in the midst of its rows. Row:
+// Applying or WritingDx.
+template <class X, class Row>
+class RowsOfTile {
   public:
-    static constexpr bool kBehindHead = WLane && How == Stores::joined, kHasOthers = false;
+    static constexpr bool kBehindHead = Row::kBehindHead, kHasOthers = false;
     NK_INLINE static index_t head_of_leaf(const char* x) { return head_of<X>(x); }
-    NK_INLINE ApplyingTile(Unwritten<X>& tile, EndsOf<X, How, WLane>& ends)
-        : tile_(tile), ends_(ends), row_(tile, ends) {}
-    NK_INLINE bool asks() const { return How != Stores::cached || tile_.far; }
+    NK_INLINE RowsOfTile(Unwritten<X>& tile, typename Row::Ends& ends) : tile_(tile), ends_(ends), row_(tile, ends) {}
+    NK_INLINE bool asks() const { return row_.asks(); }
     NK_INLINE index_t turns() const { return tile_.done() ? 0 : std::numeric_limits<index_t>::max(); }
     NK_INLINE void turn() {
         if (tile_.done()) return;
@@ -1388,7 +1389,7 @@ class ApplyingTile {
         if (row_.turns() > 0) return;
         row_.rest();
         tile_.lane = 0;
-        if (++tile_.row < tile_.rows || next_tile(tile_)) row_ = Applying<X, WLane, How>(tile_, ends_);
+        if (++tile_.row < tile_.rows || next_tile(tile_)) row_ = Row(tile_, ends_);
     }
     NK_INLINE void leave() {
         if (!tile_.done()) tile_.lane = row_.lane;
@@ -1396,8 +1397,8 @@ class ApplyingTile {
 
   private:
     Unwritten<X>& tile_;
-    EndsOf<X, How, WLane>& ends_;
-    Applying<X, WLane, How> row_;
+    typename Row::Ends& ends_;
+    Row row_;
 };
 
 template <class X, Leaf As, bool WLane, Stores How>
@@ -1419,7 +1420,7 @@ void moments_beside_tile(const LeafSeries* series, index_t n, bool center, Momen
             applying.rest();
         }
     } else {
-        ApplyingTile<X, WLane, How> applying(tile, ends);
+        RowsOfTile<X, Applying<X, WLane, How>> applying(tile, ends);
         moments_of_leaves<X, As>(series, n, center, out, applying);
         applying.leave();
     }
@@ -1449,6 +1450,7 @@ void moments_beside(const LeafSeries* series, index_t n, bool center, Moments* o
     });
 }
 
+// A loop of its own: row after row of WritingDx took 1.06 times as long for runs of 64 in a cache, 1.03 of 256.
 template <class X, bool WLane, Stores How>
 void dx_along_rows(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes) {
     using T = Compute<X>;
@@ -1560,11 +1562,12 @@ struct NotGiven {};
 // dx of a row, a few vectors at a time, and dy and dy * xhat added to what earlier rows have left; `first`: there are
 // none. Sums that are kept are whole vectors: lanes beside those of a part have 0 added, and what comes beyond the
 // row's last is never looked at.
-template <class X, Down Add, Stores How>
+template <class X, Down Add, Stores How, bool WLane = true>
 struct WritingDx : std::conditional_t<Add == Down::given, Gradients, NotGiven> {
     static_assert(Add != Down::given || How != Stores::joined);
-    using Ends = EndsOf<X, How, true>;
-    static constexpr bool kBehindHead = How == Stores::joined, kHasOthers = false;
+    static_assert(Add == Down::none || WLane);
+    using Ends = EndsOf<X, How, WLane>;
+    static constexpr bool kBehindHead = WLane && How == Stores::joined, kHasOthers = false;
     index_t head = 0;
     NK_INLINE index_t head_of_leaf(const char*) const { return head; }
     using T = Compute<X>;
@@ -1572,11 +1575,11 @@ struct WritingDx : std::conditional_t<Add == Down::given, Gradients, NotGiven> {
     index_t lanes = 0, lane = 0;
     const char *dy = nullptr, *x = nullptr, *w = nullptr;
     char* dx = nullptr;
-    T *sum, *sum_xhat;
-    const T *before, *before_xhat;
+    T *sum = nullptr, *sum_xhat = nullptr;
+    const T *before = nullptr, *before_xhat = nullptr;
     bool far;
-    Ends& ends;
-    Vec<X> hi, lo, rstd, e, c;
+    Ends* ends;
+    Vec<X> hi, lo, rstd, e, c, a_row = {};  // a_row: rstd * w, where that is one a row
 
     template <class Sums>
     NK_INLINE WritingDx(const BackwardRows<T>& all, index_t r, bool first, Sums& down, Ends& of_rows)
@@ -1599,17 +1602,44 @@ struct WritingDx : std::conditional_t<Add == Down::given, Gradients, NotGiven> {
           before(first ? down.none() : sum),
           before_xhat(first ? down.none() : sum_xhat),
           far(all.far),
-          ends(of_rows),
+          ends(&of_rows),
           hi(splat<X>(s.hi)),
           lo(splat<X>(s.lo)),
           rstd(splat<X>(s.rstd)),
           e(splat<X>(terms.e)),
           c(splat<X>(terms.c)) {
-        ends.begin(dx);
+        ends->begin(dx);
         if constexpr (How == Stores::joined && std::is_same_v<All, BackwardRows<T>>) {
             head = head_of_joined<X, true>(all.x, all.dx, r, all.lanes);
             if (head > 0) vector(static_cast<int>(head));
         }
+    }
+    // A row of a tile, from where that has come to.
+    NK_INLINE WritingDx(const Unwritten<X>& of, Ends& of_rows)
+        : lanes(of.lanes),
+          lane(of.lane),
+          dy(of.dy.at(of.row)),
+          x(of.x.at(of.row)),
+          w(of.w.at(of.row)),
+          dx(of.y.at(of.row)),
+          far(of.far),
+          ends(&of_rows) {
+        static_assert(!WLane && Add == Down::none);
+        const index_t k = of.row * of.s.row;
+        const DxTerms<T> terms = dx_terms<T>(of.s.lo[k], of.s.rstd[k], of.s.mean_g[k], of.s.mean_g_xhat[k]);
+        hi = splat<X>(of.s.hi[k]);
+        rstd = splat<X>(of.s.rstd[k]);
+        e = splat<X>(terms.e);
+        c = splat<X>(terms.c);
+        a_row = splat<X>(of.s.rstd[k] * value_at<T>(w));
+        index_t to_boundary = 0;
+        if constexpr (How == Stores::joined) {
+            ends->begin(dx + bytes<X>(lane));
+            if (lane == 0) to_boundary = head_of_joined<X, WLane>(of.x, of.y, of.row, of.lanes);
+        } else if constexpr (How == Stores::cached) {
+            if (lane == 0) to_boundary = head_in_cache<X>(of.y, of.row, of.lanes);
+        }
+        if (to_boundary > 0) vector(static_cast<int>(to_boundary));
     }
     NK_INLINE void add(const T* from, T* to, Vec<X> v) {
         store<T>(reinterpret_cast<char*>(to + lane), load<T>(reinterpret_cast<const char*>(from + lane)) + v);
@@ -1621,8 +1651,9 @@ struct WritingDx : std::conditional_t<Add == Down::given, Gradients, NotGiven> {
     NK_INLINE void vector(int n) {
         const Vec<X> dyv = load_rest<X>(dy + bytes<X>(lane), n);
         const Vec<X> d = load_rest<X>(x + bytes<X>(lane), n) - hi;
-        const Vec<X> a = rstd * load_rest<T>(w + bytes<T>(lane), n);
-        put<X, How, true>(ends, dx + bytes<X>(lane), dx_of<Vec<X>>(dyv, d, rstd, a, e, c), n);
+        Vec<X> a = a_row;
+        if constexpr (WLane) a = rstd * load_rest<T>(w + bytes<T>(lane), n);
+        put<X, How, WLane>(*ends, dx + bytes<X>(lane), dx_of<Vec<X>>(dyv, d, rstd, a, e, c), n);
         if constexpr (Add != Down::none) {
             const Vec<X> xhat = (kLoose ? d : d - lo) * rstd;
             if constexpr (Add == Down::given) {
@@ -1650,7 +1681,7 @@ struct WritingDx : std::conditional_t<Add == Down::given, Gradients, NotGiven> {
 // Row r is written beside the sums of row r + 1; or before them, where two rows, the sums down the lanes and w together
 // are more than L1 holds. Time beside / in turn, rms norm of 2^24 elements (one thread of a Zen 5): rows of 1024 0.8,
 // 1536 1.0, 2048 1.35, 4096 1.45. Rows of 16 bits are half as long, and their conversions are worth doing meanwhile:
-// 4096 0.65. On an Emerald Rapids (long_rows_beside) 3072 to 8192 0.8 to 0.86 from memory, but 4096 in L2 1.12.
+// 4096 0.65. On an Emerald Rapids (dx_beside) 3072 to 8192 0.8 to 0.86 from memory, but 4096 in L2 1.12.
 constexpr index_t kLongestBeside = 6 * 1024;  // bytes of a row
 template <class X, Down Add, Stores How, bool IsBeside>
 void backward_row_by_row(const BackwardRows<Compute<X>>& of) {
@@ -1694,12 +1725,45 @@ void backward_row_by_row(const BackwardRows<Compute<X>>& of) {
 template <class X>
 void backward_rows(const BackwardRows<Compute<X>>& all) {
     with_row_stores<X, true>(all.stream, all.x, all.dx, all.lanes, on_lines(all.dx), [&](auto how) NK_INLINE_LAMBDA {
-        const bool is_beside = sizeof(X) == 2 || bytes<X>(all.lanes) <= kLongestBeside || (all.far && long_rows_beside);
+        const bool is_beside = sizeof(X) == 2 || bytes<X>(all.lanes) <= kLongestBeside || (all.far && dx_beside);
         const auto kernel = is_beside ? (all.sums.g ? backward_row_by_row<X, Down::kept, how, true>
                                                     : backward_row_by_row<X, Down::none, how, true>)
                                       : (all.sums.g ? backward_row_by_row<X, Down::kept, how, false>
                                                     : backward_row_by_row<X, Down::none, how, false>);
         kernel(all);
+    });
+}
+
+// The sums of leaves, each turn of them beside one of dx.
+template <class X, Stores How, class Asks>
+__attribute__((noinline)) void sums_beside_tile(const SumSeries* series, index_t n, const Statistics<Compute<X>>& s,
+                                                Sums* out, Unwritten<X>& tile, Asks* asker) {
+    using Row = WritingDx<X, Down::none, How, false>;
+    typename Row::Ends ends;
+    if constexpr (How == Stores::joined) ends.go_on(*tile.seam);
+    RowsOfTile<X, Row> writing(tile, ends);
+    for (; n > 0; --n, ++series) {
+        const SumSeries all = *series;
+        In dy = all.dy, x = all.x;
+        for (index_t i = 0; i < all.leaves; ++i, dy.p += all.leaf_dy, x.p += all.leaf_x) {
+            const index_t k = all.set + i * all.next_set;
+            *out++ = sums_of_leaf<X, false>(dy, x, all.w, s, k, all.rows, all.lanes, writing, asker);
+        }
+    }
+    writing.leave();
+    if constexpr (How == Stores::joined) ends.leave(tile.seam);
+}
+
+template <class X>
+void sums_beside(const SumSeries* series, index_t n, Statistics<Compute<X>> s, Sums* out, Unwritten<X>& tile) {
+    if (tile.done()) return sums_along<X, false>(series, n, s, tile.far, out);
+    with_row_stores<X, false>(tile.stream, tile.x, tile.y, tile.lanes, tile.lines, [&](auto how) NK_INLINE_LAMBDA {
+        if (!far_apart(series->x)) {
+            AsksInMemory* const in_memory = nullptr;
+            return sums_beside_tile<X, how>(series, n, s, out, tile, in_memory);
+        }
+        with_asker<X, Start::at_once>(series, n,
+                                      [&](auto* asker) { sums_beside_tile<X, how>(series, n, s, out, tile, asker); });
     });
 }
 

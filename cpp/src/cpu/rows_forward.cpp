@@ -1,6 +1,6 @@
 // The rows walk, forward: moments set by set, then y; or those of one set beside the writing of another.
 
-#include "rows.h"
+#include "beside.h"
 
 namespace normkit::cpu {
 namespace {
@@ -15,6 +15,8 @@ constexpr unsigned kForwardOperands = bit(kX) | bit(kY) | bit(kWeight) | bit(kBi
 template <class X>
 class RowsForward {
     using T = Compute<X>;
+    struct Batch;
+    friend WritingSets<X, RowsForward, Batch>;
 
   public:
     RowsForward(const Plan& plan, const ForwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule)
@@ -32,7 +34,7 @@ class RowsForward {
           tiles_(plan, elements_, sizeof(X), together(call, schedule), call.given ? kGivenAtOnce<T> : kSetsAtOnce),
           in_rows_(goes_in_rows()),
           stacked_(tiles_.stack({kX, kY, kWeight, kBias})),
-          y_on_lines_(lies_on_lines()) {}
+          y_on_lines_(schedule.stream && rows_on_lines(plan, elements_, call.y)) {}
 
     void run() {
         if (schedule_.split || !schedule_.resident) return two_sweeps();
@@ -151,7 +153,7 @@ class RowsForward {
                 writing.begin(tile_of_batch(batch), r, n, batch.statistics.tile(r, 1, 0, n).scale);
             });
         } else {
-            WritingTile writing(k_);
+            WritingTile<X> writing(k_);
             const bool one_leaf = plan_.center && plan_.set_size == kLeafLanes;
             few_rows_beside(first, last, one_leaf ? kWholeLeavesBeside : kBesideBytes, writing,
                             [&](const Batch& batch, index_t r, index_t n) {
@@ -184,100 +186,29 @@ class RowsForward {
     // The moments of one batch beside the writing of the one before.
     void whole_sets_beside(index_t first, index_t last) const {
         Batch batches[2];
-        Writing writing(*this);
+        WritingSets<X, RowsForward, Batch> writing(k_, tiles_, *this);
         for (index_t set = first, i = 0; set < last && !gives_up(); i ^= 1) {
             Batch& batch = batches[i];
             take(set, last, &batch);
             moments_of(&batch, 0, batch.n, [&] { return writing.tile(); });
             writing.rest();
             finish(&batch, 0, batch.n);
-            writing.begin(batch);
+            if (batch.n > 1 && in_rows_) {
+                write(batch);
+            } else {
+                writing.begin(&batch, batch.n);
+            }
             set += batch.n;
         }
         writing.rest();
     }
 
-    // A tile that is written beside other work, as far as kernels can do that, and then the rest. What its statistics
-    // point to must stay where it is.
-    class WritingTile {
-      public:
-        // next, writer, in_step: as in Unwritten.
-        explicit WritingTile(const KernelPair<X>& kernels, bool (*next)(void*) = nullptr, void* writer = nullptr,
-                             bool in_step = true)
-            : k_(kernels), next_(next), writer_(writer), in_step_(in_step) {}
-        WritingTile(const WritingTile&) = delete;
-        ~WritingTile() {
-            if (seam_.bytes > 0) std::memcpy(seam_.at, seam_.vector, seam_.bytes);
-        }
-
-        void begin(const ApplyTo<X>& tile) {
-            tile_ = tile;
-            kernels_can_ = to_write_beside(tile_, &left_);
-            left_.seam = &seam_;
-            left_.next = next_;
-            left_.writer = writer_;
-            left_.in_step = in_step_;
-            left_.row = left_.rows = 0;
-        }
-        // n of its rows, from `first` on, whose statistics have come, and `scale` with them (null: none).
-        void add(index_t first, index_t n, const T* scale) {
-            left_.row = first;
-            left_.rows = first + n;
-            left_.lane = 0;
-            if (kernels_can_ && !scale) return;
-            tile_.s.scale = scale ? scale - first * tile_.s.row : nullptr;
-            write_rest(k_, tile_, &left_);
-            tile_.s.scale = nullptr;
-        }
-        // What is to be written now; null: nothing.
-        Unwritten<X>* tile() { return left_.done() ? nullptr : &left_; }
-        void rest() { write_rest(k_, tile_, &left_); }
-
-      private:
-        const KernelPair<X>& k_;
-        bool (*const next_)(void*);
-        void* const writer_;
-        const bool in_step_;
-        ApplyTo<X> tile_;
-        bool kernels_can_ = false;
-        Unwritten<X> left_;  // of what has been added
-        Seam seam_;
-    };
-
-    // Tile after tile. Which::begin_next() puts the next one in the place of now_; false: there is none.
-    template <class Which>
-    class WritingTiles {
-      public:
-        WritingTiles(const KernelPair<X>& kernels, bool in_step)
-            : now_(
-                  kernels, [](void* self) { return static_cast<WritingTiles*>(self)->tile() != nullptr; }, this,
-                  in_step) {}
-        WritingTiles(const WritingTiles&) = delete;
-
-        // As WritingTile.
-        Unwritten<X>* tile() {
-            while (!now_.tile() && begin_next()) {
-            }
-            return now_.tile();
-        }
-        void rest() {
-            do {
-                now_.rest();
-            } while (begin_next());
-        }
-
-      protected:
-        WritingTile now_;
-
-      private:
-        bool begin_next() { return static_cast<Which*>(this)->begin_next(); }
-    };
-
     // Some rows of a tile, part by part of their lanes. Not in step: rms norm with rows of 4096 took 1.24 times as long
     // so.
-    class WritingParts : public WritingTiles<WritingParts> {
+    class WritingParts : public WritingTiles<X, WritingParts> {
       public:
-        explicit WritingParts(const KernelPair<X>& kernels) : WritingTiles<WritingParts>(kernels, /*in_step=*/false) {}
+        explicit WritingParts(const KernelPair<X>& kernels)
+            : WritingTiles<X, WritingParts>(kernels, /*in_step=*/false) {}
 
         // Rows [first, first + n) of the tile; scale: as in WritingTile::add.
         void begin(const ApplyTo<X>& tile, index_t first, index_t n, const T* scale) {
@@ -313,36 +244,6 @@ class RowsForward {
         ApplyTo<X> tile_;
         index_t first_ = 0, n_ = 0, lane_ = 0, lanes_ = 0, first_lanes_ = 0;
         const T* scale_ = nullptr;
-    };
-
-    // A batch, tile by tile.
-    class Writing : public WritingTiles<Writing> {
-      public:
-        explicit Writing(const RowsForward& walk) : WritingTiles<Writing>(walk.k_, /*in_step=*/true), walk_(walk) {}
-
-        // The batch must stay where it is.
-        void begin(const Batch& batch) {
-            if (batch.n > 1 && walk_.in_rows_) {
-                walk_.write(batch);
-                return;
-            }
-            batch_ = &batch;
-            all_.emplace(walk_.tiles_, batch.n);
-            next_ = 0;
-        }
-        bool begin_next() {
-            if (!batch_ || next_ == all_->count()) return false;
-            const ApplyTo<X> tile = walk_.tile_of(*batch_, *all_, next_++);
-            this->now_.begin(tile);
-            this->now_.add(0, tile.rows, tile.s.scale);
-            return true;
-        }
-
-      private:
-        const RowsForward& walk_;
-        const Batch* batch_ = nullptr;
-        std::optional<SetTiles::Of> all_;
-        index_t next_ = 0;
     };
 
     void take(index_t first, index_t last, Batch* batch) const {
@@ -431,14 +332,6 @@ class RowsForward {
         return as_it_lies(call_.weight, call_.weight_dtype, kWeight) &&
                as_it_lies(call_.bias, call_.bias_dtype, kBias) &&
                tiles_.template go_in_rows<T>({kX, kY}, {kWeight, kBias});
-    }
-
-    // Whether all rows of y begin on lines.
-    bool lies_on_lines() const {
-        if (!schedule_.stream || !on_line(call_.y)) return false;
-        const auto on_lines = [](const Axis& a) { return a.stride[kY] % kLine == 0; };
-        return std::all_of(plan_.kept.axis, plan_.kept.axis + plan_.kept.n, on_lines) &&
-               std::all_of(elements_.axis, elements_.axis + elements_.n - 1, on_lines);
     }
 
     bool write_in_rows(const Batch& batch) const {

@@ -502,6 +502,10 @@ bool to_write_beside(const ApplyTo<X>& t, Unwritten<X>* out) {
     using T = Compute<X>;
     if (t.s.lane || !contiguous<X>(t.x, t.lanes) || !contiguous<X>(t.y, t.lanes)) return false;
     *out = {in(t.x), out_of(t.y), in(t.w), in(t.b), t.s, t.rows, t.lanes, t.stream, t.far, t.beyond_l3, t.lines};
+    if (t.dy.p) {
+        out->dy = in(t.dy);
+        return contiguous<X>(t.dy, t.lanes) && per_row<T>(t.w, t.lanes);
+    }
     if (per_row<T>(t.w, t.lanes) && per_row<T>(t.b, t.lanes)) return true;
     out->w_lane = true;
     out->w_constant = t.w.p == one<T>().p;
@@ -512,9 +516,15 @@ bool to_write_beside(const ApplyTo<X>& t, Unwritten<X>* out) {
 template <class X>
 void write_rest(const KernelPair<X>& k, const ApplyTo<X>& t, Unwritten<X>* written) {
     const auto write = [&](index_t rows, index_t lane) {
-        const index_t r = written->row;
-        apply(k, shifted(t.x, r, lane), shifted(t.y, r, lane), shifted(t.w, r, lane), shifted(t.b, r, lane),
-              shifted(t.s, r, lane), rows, t.lanes - lane, t.stream);
+        const index_t r = written->row, lanes = t.lanes - lane;
+        const auto from_here = [=](const Strided& a) { return shifted(a, r, lane); };
+        const Strided x = from_here(t.x), y = from_here(t.y), w = from_here(t.w);
+        const TileStatistics<Compute<X>> s = shifted(t.s, r, lane);
+        if (t.dy.p) {
+            backward(k, from_here(t.dy), x, w, y, s, rows, lanes, {}, t.stream);
+        } else {
+            apply(k, x, y, w, from_here(t.b), s, rows, lanes, t.stream);
+        }
         written->row += rows;
     };
     if (written->lane > 0 && !written->done()) write(1, written->lane);

@@ -37,13 +37,14 @@ Strided one();
 template <class T>
 Strided zero();
 
-// A tile to be normalized: the arguments of `apply`.
+// A tile to be written: the arguments of `apply`, or, if there is a dy, of `backward` (dx to y).
 template <class X>
 struct ApplyTo {
     Strided x, y, w, b;
     TileStatistics<Compute<X>> s;
     index_t rows = 0, lanes = 0;
     bool stream = false, far = false, beyond_l3 = false, lines = false;  // as in Unwritten
+    Strided dy{};
 };
 
 // The kernels for elements as they lie in memory, and for buffers of scaled sets, which are of the type of arithmetic.
@@ -111,10 +112,15 @@ void moments_along(const KernelPair<X>& k, const LeafSeries* series, index_t n, 
                    Moments* out, Unwritten<X>* beside = nullptr);
 
 // As the kernels, of elements that they can read as they lie and sets that are not scaled; w is one a row.
+// beside: a tile of dx to be written meanwhile.
 template <class X>
 void sums_along(const KernelPair<X>& k, const SumSeries* series, index_t n, const Statistics<Compute<X>>& s, bool far,
-                Sums* out) {
-    k.direct.sums_along[0](series, n, s, far, out);
+                Sums* out, Unwritten<X>* beside = nullptr) {
+    if (beside) {
+        k.direct.sums_beside(series, n, s, out, *beside);
+    } else {
+        k.direct.sums_along[0](series, n, s, far, out);
+    }
 }
 
 // A tile that kernels can write as it lies, unless a set is scaled: to `out`. False where it is not like that.
