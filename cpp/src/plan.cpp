@@ -36,6 +36,15 @@ bool lie_as_images(const Nest& axes, int kept_begin) {
     return i == kept_begin && collapse(outside, bit(kX)).n == 1;
 }
 
+// Backward of group norm with one group in NHWC, a set being one run of so many elements: whether each of its pixels is
+// taken for a row of channels, as with several groups.
+bool goes_by_pixels(const Nest& axes, int run_begin, index_t run) {
+    if (run_begin >= axes.n - 1) return false;
+    const Axis& channels = axes.inner();
+    return channels.grouped && channels.stride[kGradient] != 0 && channels.extent <= kMostMerged &&
+           run >= kLeastPixels * channels.extent;
+}
+
 }  // namespace
 
 Plan make_plan(const Problem& problem) {
@@ -58,9 +67,11 @@ Plan make_plan(const Problem& problem) {
     while (kept_begin > 0 && !axes.axis[kept_begin - 1].reduced) --kept_begin;
     const bool reduced_outside = kept_begin > 0;
 
+    const bool by_pixels = !reduced_outside && goes_by_pixels(axes, run_begin, run);
+    if (by_pixels) run_begin = axes.n - 1;
     // Sets of one element (batch norm of one vector) are columns of one row.
     const bool channels = run_begin == axes.n - 1 && axes.axis[run_begin].grouped && run <= kMostMerged;
-    const bool rows = run_begin < axes.n &&
+    const bool rows = run_begin < axes.n && !by_pixels &&
                       (!reduced_outside || (!channels && (run >= kShortestRun || lie_as_images(axes, kept_begin))));
     plan.walk = rows ? Walk::rows : Walk::columns;
 
@@ -85,6 +96,7 @@ Plan make_plan(const Problem& problem) {
     }
     plan.merge = merge.inner();
     kept = collapse(kept, kElementOperands | bit(kStatistic) | bit(kSet));
+    if (by_pixels) kept.push(Axis{});  // the group
     plan.lane = kept.inner();
     plan.kept = kept.without_inner();
     return plan;

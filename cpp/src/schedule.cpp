@@ -81,6 +81,12 @@ constexpr index_t kLongestRow = index_t{1} << 16;
 // 1.1, batch norm 8 x 128 x 16^2 1.2 (a Zen 5).
 constexpr index_t kLeastRun = 256;
 
+// Elements of a set of such runs, or what is done once a set costs more than that. Group norm, time beside / in turn,
+// one thread of an Emerald Rapids: sets of 64 (512 x 512 x 4^2 in 32 groups) 1.7 (two threads 1.8), of 256 (512 x 128 x
+// 8^2) 1.6; 1.7, of 400 (512 x 128 x 10^2) 2.4, of 576 1.3, of 1,024 0.95 to 1.16, of 1,280 0.96, of 1,568 (14^2) 1.1,
+// of 2,560 0.9.
+constexpr index_t kLeastSet = 2048;
+
 // Elements of a run below which sums over several are short (Writes::runs).
 constexpr index_t kShortRun = 64;
 
@@ -202,7 +208,7 @@ bool beside_pays(const Plan& plan, index_t element, int arrays, index_t all, int
         return bytes > least_of_one_run(threads) && row >= least && !too_long;
     }
     if (plan.run.size() < kLeastRun) return false;
-    if (run.inner().extent <= kLeastRun) return all >= far_bytes(Writes::after, threads);
+    if (run.inner().extent <= kLeastRun) return plan.set_size >= kLeastSet && all >= far_bytes(Writes::after, threads);
     return bytes > least_of_several(threads);
 }
 

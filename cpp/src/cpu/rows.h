@@ -284,7 +284,7 @@ class SetTiles {
     SetTiles(const Plan& plan, const Nest& elements, index_t bytes, Together how, index_t most = kSetsAtOnce)
         : next(plan.kept.inner()),
           elements_(elements),
-          at_once_(std::min(most, number(plan, bytes, how))),
+          at_once_(std::min({most, number(plan, bytes, how), next.extent})),
           interleaved_(at_once_ > 1 && lies_interleaved()),
           tiles_(tiles_of(at_once_)) {}
 
