@@ -1,6 +1,6 @@
 """What holds for any shape, axes, memory, scale and data, with examples drawn by hypothesis."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -47,7 +47,8 @@ def parameter_start(parameter):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Data of any scale and offset, in any memory order, some axes with gaps or backwards."""
+    """Data of any scale and offset, in any memory order, some axes with gaps between their elements or behind them, or
+    backwards."""
 
     dtype: str
     seed: int
@@ -55,32 +56,59 @@ class Recipe:
     ratio: float
     steps: tuple[int, ...]
     order: tuple[int, ...]
+    gaps: tuple[int, ...]
 
     def array(self, shape):
         largest = float(ml_dtypes.finfo(self.dtype).max)
         values = (np.random.default_rng(self.seed).standard_normal(shape) + self.ratio) * 10.0**self.exponent
-        extents = [n * abs(step) for n, step in zip(shape, self.steps)]
+        extents = [n * abs(step) + gap for n, step, gap in zip(shape, self.steps, self.gaps)]
         base = permuted(np.full(extents, np.nan, self.dtype), self.order)
+        base = base[tuple(slice(0, extent - gap) for extent, gap in zip(extents, self.gaps))]
         view = base[(..., *(slice(None, None, step) for step in self.steps))]
         view[...] = np.clip(values, -largest, largest)
         return view
 
 
 @st.composite
-def recipes(draw, case):
-    """Drawn instead of the array: hypothesis shows it when an example fails."""
+def recipes(draw, case, steps=(1, 1, 1, -1, 2), rows=False):
+    """Drawn instead of the array: hypothesis shows it when an example fails. rows: the last axis has no gaps."""
+    outer = len(case.shape) - rows
     return Recipe(
         case.dtype,
         draw(seeds),
         draw(st.integers(-6, 6)),
         draw(st.sampled_from(ratios(case.dtype))) * draw(st.sampled_from([1, -1])),
-        tuple(draw(st.sampled_from([1, 1, 1, -1, 2])) for _ in case.shape),
-        tuple(draw(st.permutations(range(len(case.shape))))),
+        tuple(draw(st.sampled_from(steps)) for _ in case.shape),
+        (*draw(st.permutations(range(outer))), *range(outer, len(case.shape))),
+        (*(draw(st.sampled_from([0, 0, 1, 3])) for _ in range(outer)), *(0,) * rows),
     )
+
+
+@st.composite
+def short_rows(draw):
+    """Sets that are short rows, as heads of attention, or small images; so many that kernels take several at once."""
+    norm = draw(st.sampled_from(("layer", "rms", "layer", "rms", "batch", "instance", "group")))
+    extents = st.sampled_from([1, 2, 3, 5, 7, 16, 17, 33, 40])
+    outer = draw(st.lists(extents, min_size=2, max_size=4).map(tuple))
+    shape = (*outer, draw(st.sampled_from([4, 8, 17, 64])))
+    assume(512 <= np.prod(shape) < 100_000)
+    dtype = draw(st.sampled_from(DTYPES))
+    if norm in ("layer", "rms"):
+        return Case(norm, shape, {"normalized_shape": shape[-1:]}, dtype=dtype)
+    options = [o for o in NORMS[norm].options(shape) if Case(norm, shape, o).set_size >= NORMS[norm].least_set]
+    assume(options)
+    return Case(norm, shape, draw(st.sampled_from(options)), dtype=dtype)
 
 
 def gaussian(seed, case, offset=0.0):
     return random(np.random.default_rng(seed), case.shape, dtype=case.dtype, offset=offset)
+
+
+def assert_same_results(results, expected):
+    for a, b in zip(results, expected):
+        assert (a is None) == (b is None)
+        if a is not None:
+            bounds.assert_same_bits(a, b)
 
 
 @common
@@ -114,11 +142,30 @@ def test_schedule_changes_no_bit(data):
 
     expected = run()
     with _debug.force(isa=isa, threads=threads, **forced):
-        results = run()
-    for a, b in zip(results, expected):
-        assert (a is None) == (b is None)
-        if a is not None:
-            bounds.assert_same_bits(a, b)
+        assert_same_results(run(), expected)
+
+
+@settings(common, max_examples=600)
+@given(st.data())
+def test_views_have_the_same_bits_on_any_path(data):
+    """Axes in any order, with gaps: what lies where decides which kernels take the rows, and not on any bit."""
+    case = data.draw(short_rows())
+    rows = case.norm in ("layer", "rms")
+    recipe, other = (data.draw(recipes(case, steps=(1,), rows=rows)) for _ in range(2))
+    if data.draw(st.sampled_from([True, True, False])):
+        other = replace(recipe, seed=recipe.seed + 1)
+    x, dy = recipe.array(case.shape), other.array(case.shape)
+    weight, bias = case.parameters(np.random.default_rng(0))
+
+    def run(**forced):
+        with _debug.force(**forced):
+            y, mean, rstd = case.forward(x, weight, bias)
+            return [y, mean, rstd, *case.backward(dy, x, mean, rstd, weight, grad_dtype=np.float64)]
+
+    expected = run(threads=1, isa=_debug.isas()[0], by_row=False, stream=False)
+    row_by_row = {"by_row": True, "resident": True, "split": False}
+    for forced in ({"threads": 3}, {"threads": 2, "stream": True, **row_by_row}, {"threads": 3, "split": True}):
+        assert_same_results(run(**forced), expected)
 
 
 @common

@@ -1754,16 +1754,18 @@ __attribute__((noinline)) void sums_beside_tile(const SumSeries* series, index_t
     if constexpr (How == Stores::joined) ends.leave(tile.seam);
 }
 
+// To L2: where this pays (dx_beside), it does not matter to which cache.
 template <class X>
 void sums_beside(const SumSeries* series, index_t n, Statistics<Compute<X>> s, Sums* out, Unwritten<X>& tile) {
     if (tile.done()) return sums_along<X, false>(series, n, s, tile.far, out);
     with_row_stores<X, false>(tile.stream, tile.x, tile.y, tile.lanes, tile.lines, [&](auto how) NK_INLINE_LAMBDA {
-        if (!far_apart(series->x)) {
+        if (far_apart(series->x)) {
+            Asker<X, Start::at_once, /*ToL1=*/false> asker(series, n);
+            sums_beside_tile<X, how>(series, n, s, out, tile, &asker);
+        } else {
             AsksInMemory* const in_memory = nullptr;
-            return sums_beside_tile<X, how>(series, n, s, out, tile, in_memory);
+            sums_beside_tile<X, how>(series, n, s, out, tile, in_memory);
         }
-        with_asker<X, Start::at_once>(series, n,
-                                      [&](auto* asker) { sums_beside_tile<X, how>(series, n, s, out, tile, asker); });
     });
 }
 
