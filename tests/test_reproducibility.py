@@ -643,6 +643,35 @@ def test_row_by_row_is_said_only_where_it_is(rng):
     assert not by_row(strided, np.ones(1000, np.float32))
 
 
+@pytest.mark.parametrize("norm", ["batch", "instance", "group"])
+def test_images_go_row_by_row_backward_where_all_arrays_are_rows(rng, norm):
+    case = Case(norm, (3, 4, 9, 40), {"channel_axis": 1, **({"num_groups": 2} if norm == "group" else {})})
+    x, dy = (case.random(rng) for _ in range(2))
+    _, mean, rstd = case.forward(x)
+
+    def run(dy, by_row=True):
+        with _debug.force(by_row=by_row, resident=True, split=False):
+            results = case.backward(dy, x, mean, rstd)
+        return results, _debug.last_path()["by_row"]
+
+    results, by_row = run(dy)
+    assert by_row
+    same(results, run(dy, by_row=False)[0])
+    assert not run(MEMORY["channels last"](dy))[1]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "channels", "walk"), [(32, 24, "columns"), (31, 24, "rows"), (40, 256, "columns"), (40, 257, "rows")]
+)
+def test_pixels_of_one_group_are_rows_backward(rng, pixels, channels, walk):
+    case = Case("group", (3, pixels, channels), {"num_groups": 1, "channel_axis": -1})
+    x, dy = (case.random(rng) for _ in range(2))
+    _, mean, rstd = case.forward(x)
+    assert _debug.last_path()["walk"] == "rows"
+    case.check_backward(case.backward(dy, x, mean, rstd), dy, x, (mean, rstd))
+    assert _debug.last_path()["walk"] == walk
+
+
 def test_both_walks_are_here(rng):
     for norm in NORMS:
         walks = set()
@@ -735,6 +764,7 @@ PER_SAMPLE = [
     Case("instance", (9, 7, 12, 3, 5), {"channel_axis": 2}),
     Case("axes", (9, 12, 5, 7), {"axes": (1, 3)}),
     Case("group", (9, 220, 130), {"num_groups": 2, "channel_axis": -1}),
+    Case("group", (9, 33, 24), {"num_groups": 1, "channel_axis": -1}),
     Case("group", (5, 8, 50, 51), {"num_groups": 2, "channel_axis": 1}),
     Case("group", (5, 8, 50, 51), {"num_groups": 2, "channel_axis": 1}, "channels last"),
     Case("layer", (70, 33), {"normalized_shape": (33,)}),

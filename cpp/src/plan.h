@@ -43,8 +43,8 @@ struct Plan {
 constexpr index_t kShortestRun = 48;
 constexpr index_t kMostMerged = 256;
 
-// Backward, where all pixels share their parameters, so do the channels of a single group in NHWC if a set has so many
-// pixels. Forward they don't: one group has the bits of layer norm over channels and pixels.
+// Backward, where all pixels share their parameters, so do the channels of a single group in NHWC, no more than as
+// many, if a set has so many pixels. Forward they don't: one group has the bits of layer norm over channels and pixels.
 constexpr index_t kLeastPixels = 32;
 
 Plan make_plan(const Problem& problem);

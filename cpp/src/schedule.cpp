@@ -123,7 +123,7 @@ index_t least_of_several(int threads) { return std::max(2 * l2_bytes(), least_of
 
 bool set_is_row(const Plan& plan) { return plan.walk == Walk::rows && plan.runs.size() == 1; }
 
-// Backward, whether parameters are one a row, not one an element: batch, instance, group.
+// Backward, whether parameters are one a row, not one an element (the walk's by_cell): batch, instance, group.
 bool by_cell(const Plan& plan, int arrays) {
     return arrays > 1 && collapse(plan.run, kElementOperands).inner().stride[kGradient] == 0;
 }
@@ -135,6 +135,7 @@ bool can_go_by_row(const Plan& plan, index_t element, int arrays) {
     const Nest run = collapse(plan.run, kElementOperands);
     const Axis& lanes = run.inner();
     if (lanes.extent > 1 && (lanes.stride[kX] != element || lanes.stride[kY] != element)) return false;
+    if (lanes.extent > 1 && arrays > 1 && lanes.stride[kDy] != element) return false;
     if (arrays == 1 && lanes.stride[kWeight] == 0 && lanes.stride[kBias] == 0) return true;
     if (by_cell(plan, arrays)) return true;
     if (!set_is_row(plan) || run.n > 1) return false;
@@ -181,12 +182,9 @@ bool beside_pays(const Plan& plan, index_t element, int arrays, index_t all, int
     const Nest run = collapse(plan.run, kElementOperands);
     const index_t bytes = plan.total * element;
     if (by_cell(plan, arrays)) {
-        // Time in turn / beside, one thread of an Emerald Rapids; two: instance norm 256 x 128 x 28^2 1.3; 1.2, float16
-        // 1.43; 1.37, 8 x 64 x 256^2 1.25; 1.23, group norm 32 x 256 x 56^2 1.24; 1.24, batch norm 1 x 512 x 64^2 1.17;
-        // 1.12, 32 x 128 x 28^2 1.2; 1.1. Of sets that leave L2 meanwhile, batch norm 40 x 256 x 56^2 (1 MB) 0.98;
-        // 0.94, 4 x 24 x 160 x 256 0.89; 0.96. Several runs of 16 bits 0.9 to 1.06, of up to 256 elements, which are
-        // summed in the order of memory, 0.93; 0.9. Sets of short runs gain where all come from memory: instance norm
-        // 1024 x 256 x 8^2 1.18; 1.15, 256 x 128 x 14^2 (77 MB) 1.09; 0.95.
+        // Sets that wait in L2 meanwhile. Several runs of 16 bits are better off in turn, and those of up to 256
+        // elements, which are summed in the order of memory; single short ones if not all come from memory
+        // (docs/decisions/0002-schedule.md, "Row by row", with the measurements).
         if (!cpu::dx_beside || all < far_bytes(Writes::dx, threads)) return false;
         if (plan.set_size * arrays * element > l2_bytes() * 3 / 8) return false;
         const index_t lanes = run.inner().extent;

@@ -408,7 +408,8 @@ void dx_terms_down(In dy, In x, Out dx, const Terms<X, 5>& terms, Bundle b, inde
             }
         }
     });
-    const bool apart = x.row != bytes<X>(b.lanes / b.rows);
+    const index_t without_gap = bytes<X>(b.lanes / b.rows);
+    const bool apart = x.row != without_gap || dy.row != without_gap;
     for_bundles<X>(b, r, rows, [=](index_t row, index_t l, index_t t, int n) NK_INLINE_LAMBDA {
         const char *pdy = dy.at(row) + bytes<X>(l), *px = x.at(row) + bytes<X>(l);
         if constexpr (Stream) {
@@ -548,7 +549,7 @@ NK_INLINE void sums_by_row(In dy, In x, In w, Statistics<Compute<X>> s, index_t 
     constexpr index_t kLanes = 1024;
     alignas(64) T sum[kLanes], sum_xhat[kLanes];
     const Adder<T> plus;
-    const bool apart = x.row != bytes<X>(lanes);
+    const bool apart = x.row != bytes<X>(lanes) || dy.row != x.row;
     for (index_t first = 0; first < lanes; first += kLanes) {
         const index_t all = lanes - first < kLanes ? lanes - first : kLanes;
         const auto row_at = [&](index_t r, auto is_first) NK_INLINE_LAMBDA {

@@ -255,7 +255,7 @@ inline index_t elements_per_piece(const Plan& plan, const Schedule& schedule) {
 
 // How neighbouring sets that lie interleaved come together: with statistics that are given, in the order of memory; or
 // moments (backward: sums) are taken of all before they are written, which should find them in L2; or they are written
-// beside the moments of the next.
+// beside the moments, or sums, of the next.
 enum class Together { given, moments, sums, beside };
 
 // Bytes of neighbouring runs that make a row long enough, and of sets that a second reading finds in L2; run: of one.
@@ -284,6 +284,8 @@ class SetTiles {
     SetTiles(const Plan& plan, const Nest& elements, index_t bytes, Together how, index_t most = kSetsAtOnce)
         : next(plan.kept.inner()),
           elements_(elements),
+          // A set without neighbours has none in between: group norm 1 x 64^2 x 4, float16 in one group, went pixel by
+          // pixel, 490 in place of 22 us.
           at_once_(std::min({most, number(plan, bytes, how), next.extent})),
           interleaved_(at_once_ > 1 && lies_interleaved()),
           tiles_(tiles_of(at_once_)) {}

@@ -50,7 +50,7 @@ class RowsBackward {
     struct Some {  // neighbouring sets
         index_t first, n;
     };
-    friend WritingSets<X, RowsBackward, Some>;
+    friend WritingSets<X, RowsBackward, Some>;  // tile_of
 
   public:
     RowsBackward(const Plan& plan, const BackwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule)
@@ -95,9 +95,9 @@ class RowsBackward {
         return call;
     }
     bool wants_set_sums() const { return call_.dx && !call_.constant_statistics; }
-    // Beside, fewer sets come together if each of their rows can go past the caches by itself: batch norm 32 x 400 x
-    // 24^2 1.15 in place of 1.02 of the speed in turn (two threads of an Emerald Rapids), but 23^2 0.66 in place
-    // of 1.16.
+    // Beside, fewer sets come together, if each of their rows can go past the caches by itself. Batch norm, speed over
+    // in turn, with fewer and with as many as in turn, two threads of an Emerald Rapids: 32 x 400 x 24^2 1.15, 1.02, 32
+    // x 512 x 28^2 1.18, 1.05; where rows can't, 32 x 400 x 23^2 0.82, 1.04 (one thread 0.66, 1.16).
     Together together() const {
         constexpr index_t kLongRow = 3 * 1024;
         const index_t row = run_.size() * index_t{sizeof(X)};

@@ -16,7 +16,7 @@ template <class X>
 class RowsForward {
     using T = Compute<X>;
     struct Batch;
-    friend WritingSets<X, RowsForward, Batch>;
+    friend WritingSets<X, RowsForward, Batch>;  // tile_of
 
   public:
     RowsForward(const Plan& plan, const ForwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule)
