@@ -123,9 +123,10 @@ index_t least_of_several(int threads) { return std::max(2 * l2_bytes(), least_of
 
 bool set_is_row(const Plan& plan) { return plan.walk == Walk::rows && plan.runs.size() == 1; }
 
-// Backward, whether parameters are one a row, not one an element (the walk's by_cell): batch, instance, group.
+// Backward, whether parameters are one a row, not one an element (as RowsBackward goes about it): batch, instance,
+// group.
 bool by_cell(const Plan& plan, int arrays) {
-    return arrays > 1 && collapse(plan.run, kElementOperands).inner().stride[kGradient] == 0;
+    return arrays > 1 && (plan.run.n == 0 || plan.run.inner().stride[kGradient] == 0);
 }
 
 // Whether sums of one set can be taken beside the writing of another. Kernels take contiguous rows, with parameters

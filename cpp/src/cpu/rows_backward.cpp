@@ -47,10 +47,10 @@ constexpr index_t kLongestSideBySide = 256;
 template <class X>
 class RowsBackward {
     using T = Compute<X>;
-    struct Some {  // neighbouring sets
-        index_t first, n;
+    struct Neighbours {
+        index_t first, n;  // sets
     };
-    friend WritingSets<X, RowsBackward, Some>;  // tile_of
+    friend WritingSets<X, RowsBackward, Neighbours>;  // tile_of
 
   public:
     RowsBackward(const Plan& plan, const BackwardCall& call, const KernelPair<X>& kernels, const Schedule& schedule)
@@ -95,6 +95,7 @@ class RowsBackward {
         return call;
     }
     bool wants_set_sums() const { return call_.dx && !call_.constant_statistics; }
+
     // Beside, fewer sets come together, if each of their rows can go past the caches by itself. Batch norm, speed over
     // in turn, with fewer and with as many as in turn, two threads of an Emerald Rapids: 32 x 400 x 24^2 1.15, 1.02, 32
     // x 512 x 28^2 1.18, 1.05; where rows can't, 32 x 400 x 23^2 0.82, 1.04 (one thread 0.66, 1.16).
@@ -331,10 +332,10 @@ class RowsBackward {
     // The sums of some sets beside dx of those before.
     void sets_beside(index_t first, index_t last, const Buffer<Sums>& sums) {
         const index_t per_set = index_.size();
-        WritingSets<X, RowsBackward, Some> writing(k_, tiles_, *this);
-        Some of[2];
+        WritingSets<X, RowsBackward, Neighbours> writing(k_, tiles_, *this);
+        Neighbours of[2];
         for (index_t set = first, i = 0; set < last && !gives_up(); i ^= 1) {
-            Some& some = of[i];
+            Neighbours& some = of[i];
             some = {set, tiles_.take(set, last)};
             load_statistics(set, some.n);
             cells_of(set, some.n, &sums[set * per_set], [&] { return writing.tile(); });
@@ -419,7 +420,7 @@ class RowsBackward {
 
     bool dx_at_once(index_t first, index_t n) const { return n > 1 && (dx_in_rows(first, n) || dx_stacked(first, n)); }
 
-    ApplyTo<X> tile_of(const Some& sets, const SetTiles::Of& all, index_t i) const {
+    ApplyTo<X> tile_of(const Neighbours& sets, const SetTiles::Of& all, index_t i) const {
         const SetTiles::Of::Tile t = all[i];
         const Offsets at = plan_.kept.offsets(sets.first) + t.at + t.tile.at;
         ApplyTo<X> tile;
