@@ -141,7 +141,7 @@ bool can_go_by_row(const Plan& plan, index_t element, int arrays) {
     if (by_cell(plan, arrays)) return true;
     if (!set_is_row(plan) || run.n > 1) return false;
     if (arrays == 1) return lanes.extent <= kLongestRow;
-    return lanes.stride[kGradient] != 0 && lanes.extent * std::max(element, index_t{sizeof(float)}) <= cpu::kMostSums;
+    return lanes.extent * std::max(element, index_t{sizeof(float)}) <= cpu::kMostSums;
 }
 
 // Whether sets are short rows for the kernels that have eight in hand. Those want them at one distance; where few are,
