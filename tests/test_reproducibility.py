@@ -173,7 +173,7 @@ def test_same_bits_on_every_path(rng, case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lanes", [1, 3, 16, 24, 48, 64, 80, 100, 640, 1040, 1680])
+@pytest.mark.parametrize("lanes", [1, 2, 3, 8, 16, 24, 40, 48, 64, 80, 100, 200, 640, 1001, 1040, 1680])
 def test_same_bits_wherever_results_lie(rng, dtype, lanes):
     """Down the rows: results that begin within a line, on both kinds of store, and nothing beside them is written."""
     rows, margin = 37, 128
@@ -197,6 +197,21 @@ def test_same_bits_wherever_results_lie(rng, dtype, lanes):
                 with _debug.force(isa=isa, stream=stream):
                     same([call(out)], [expected])
                 assert (memory[:first] == 0xA5).all() and (memory[first + x.nbytes :] == 0xA5).all()
+
+
+def test_few_channels_last_go_past_the_caches():
+    """Where rows of the result follow each other and come from memory; on the paths that the tests above force."""
+
+    def streamed(rows, out=None):
+        x = np.ones((rows, 3), np.float32)
+        with _debug.force(threads=1):
+            y = nk.batch_norm(x, np.ones(3), np.ones(3), out=out)
+        assert not y.any()
+        return _debug.last_path()["stream"]
+
+    assert streamed(1 << 20)
+    assert not streamed(1 << 18)
+    assert not streamed(1 << 20, np.empty((1 << 20, 4), np.float32)[:, :3])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -876,6 +891,30 @@ def test_few_lanes_alone_and_together(rng, lanes, dtype):
                 same(results(part, part_dy, weight[:lanes], bias[:lanes]), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lanes", [2, 3, 4, 7, 8, 9, 15, 16, 17, 25, 31, 32, 33])
+def test_short_cells_eight_at_a_time(rng, lanes, dtype):
+    """Backward of tiny images, kernels sum eight channels at once: the same bits as one by one, as gaps force it.
+
+    Groups of fewer channels than eight, of some more, and of one (instance norm); samples alone too.
+    """
+    dtype = np.dtype(dtype)
+    for channels, groups in ((24, 8), (40, 2), (36, 3), (11, 11)):
+        x, dy = (random(rng, (5, channels, lanes), 1e2, dtype=dtype.name) for _ in range(2))
+        weight = random(rng, (channels,), dtype=dtype.name)
+        mean, rstd = nk.group_norm_forward(x, groups, weight)[1:]
+        apart = [np.zeros((5, channels, lanes, 2), dtype)[..., 0] for _ in range(2)]
+        apart[0][:], apart[1][:] = dy, x
+        with _debug.force(isa=_debug.isas()[0]):
+            expected = nk.group_norm_backward(*apart, mean, rstd, groups, weight)
+        for isa in _debug.isas():
+            with _debug.force(isa=isa):
+                same(nk.group_norm_backward(dy, x, mean, rstd, groups, weight), expected)
+                for part in (slice(1), slice(2, 4)):
+                    alone = nk.group_norm_backward(dy[part], x[part], mean[part], rstd[part], groups, weight)
+                    bounds.assert_same_bits(alone[0], expected[0][part])
+
+
 AT_THE_END = """
 import ctypes, mmap, sys
 import ml_dtypes
@@ -911,6 +950,15 @@ for lanes in (1, 2, 3, 4, 5, 7, 8, 9, 15, 17, 24, 40, 67):
                     with _debug.force(isa=isa, stream=stream):
                         y, mean, rstd = nk.batch_norm_forward(x, None, None, weight, bias, training=True)[:3]
                         nk.batch_norm_backward(dy, x, mean, rstd, weight)
+# Cells of tiny images, eight at a time, and some more.
+for lanes in (2, 3, 7, 8, 9, 15, 16, 17, 25, 31, 32, 33):
+    for dtype in ("float32", "float64", "float16", "bfloat16"):
+        x, dy = (at_the_end(rng.standard_normal((3, 20, lanes)).astype(np.dtype(dtype))) for _ in range(2))
+        for isa in _debug.isas():
+            with _debug.force(isa=isa):
+                for groups in (2, 5, 20):
+                    y, mean, rstd = nk.group_norm_forward(x, groups)
+                    nk.group_norm_backward(dy, x, mean, rstd, groups)
 print("done")
 """
 

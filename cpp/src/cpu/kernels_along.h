@@ -720,19 +720,22 @@ class ShortRuns {
     NK_INLINE void add_run(Mean& sum, const char* p, Vec<X>* to) const {
         // To L2: so far ahead in memory are channels whose turn comes dozens of runs later (7^2 forward 0.95 if to L1).
         for (index_t at = 0; Asks && at < lanes_; at += kTurn) ask_for_turn<X, false>(p + bytes<X>(at) + kAhead);
-        const auto add = [&](int i, Vec<X> v) NK_INLINE_LAMBDA {
-            to[i] = v;
-            const Widened<T> wide = widened<T>(v);
+        const auto add_wide = [&](int i, const Widened<T>& wide) NK_INLINE_LAMBDA {
 #pragma GCC unroll 2
             for (int j = 0; j < W; ++j) sum.of[i % K * W + j] = plus_(sum.of[i % K * W + j], wide.v[j]);
         };
+        const auto add = [&](int i, const char* from) NK_INLINE_LAMBDA {
+            to[i] = load<X>(from);
+            add_wide(i, load_widened<X>(from));
+        };
         for (index_t g = 0; g < groups_; ++g, p += G * kMemoryBytes<X>, to += G) {
 #pragma GCC unroll 8
-            for (int i = 0; i < G; ++i) add(i, load<X>(p + i * kMemoryBytes<X>));
+            for (int i = 0; i < G; ++i) add(i, p + i * kMemoryBytes<X>);
         }
 #pragma GCC unroll 8
-        for (int i = 0; i + 1 < R; ++i) add(i, load<X>(p + i * kMemoryBytes<X>));
-        add(R - 1, load_first<X>(p + (R - 1) * kMemoryBytes<X>, last_));
+        for (int i = 0; i + 1 < R; ++i) add(i, p + i * kMemoryBytes<X>);
+        to[R - 1] = load_first<X>(p + (R - 1) * kMemoryBytes<X>, last_);
+        add_wide(R - 1, widened<T>(to[R - 1]));
     }
     NK_INLINE void add_squares(Squares& sum, const Vec<X>* from, T pilot) const {
         const auto add = [&](int i, auto is_whole) NK_INLINE_LAMBDA {
@@ -934,6 +937,54 @@ __attribute__((noinline)) void sums_along_as(const SumSeries* series, index_t n,
     }
 }
 
+// Sums of leaves of one run of up to kStep elements, eight at a time: folding the lanes of a sum to a number is as much
+// as the arithmetic of 64. The same sums as those of SumsBlock. V: vectors of a run.
+template <class X, int V>
+NK_INLINE void sums_of_eight(const SumSeries& of, index_t first, const Statistics<Compute<X>>& s, Sums* out) {
+    using T = Compute<X>;
+    const index_t k = of.set + first * of.next_set;
+    const Vec<X> w = splat<X>(value_at<T>(of.w.p));
+    Vec<X> g[kEight], g_d[kEight];
+#pragma GCC unroll 8
+    for (int j = 0; j < kEight; ++j) {
+        const char *const dy = of.dy.p + (first + j) * of.leaf_dy, *const x = of.x.p + (first + j) * of.leaf_x;
+        const Vec<X> hi = splat<X>(s.hi[k + j * of.next_set]);
+        Vec<X> sum[V] = {}, sum_d[V] = {};
+        int n = static_cast<int>(of.lanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < V; ++i, n -= kWidth<X>) {
+            if (n <= 0) continue;
+            const Vec<X> gv = load_rest<X>(dy + i * kMemoryBytes<X>, n) * w;
+            sum[i] = keep_first<T>(gv, n);
+            sum_d[i] = keep_first<T>(gv * (load_rest<X>(x + i * kMemoryBytes<X>, n) - hi), n);
+        }
+        g[j] = vectors_by_halves(sum);
+        g_d[j] = vectors_by_halves(sum_d);
+    }
+    const auto of_sets = [&](const T* p) { return of.next_set == 0 ? Eight<T>{} + p[k] : load_eight(p + k); };
+    const Eight<double> sum_g = 0.0 + widened(lanes_by_halves<T>(g)), sum_d = 0.0 + widened(lanes_by_halves<T>(g_d));
+    const Eight<double> xhat = xhat_sum<Eight<double>>(sum_g, sum_d, widened(of_sets(s.lo)), widened(of_sets(s.rstd)));
+    static_assert(sizeof(Sums) == 2 * sizeof(double));
+    store_eight(&out[0].g, __builtin_shufflevector(sum_g, xhat, 0, 8, 1, 9, 2, 10, 3, 11));
+    store_eight(&out[4].g, __builtin_shufflevector(sum_g, xhat, 4, 12, 5, 13, 6, 14, 7, 15));
+}
+
+template <class X, int V>
+__attribute__((noinline)) void sums_of_short_leaves(const SumSeries& of, const Statistics<Compute<X>>& s, Sums* out) {
+    const SumSeries all = of;  // which no store can change
+    index_t i = 0;
+    for (; all.leaves - i >= kEight; i += kEight) sums_of_eight<X, V>(all, i, s, out + i);
+    Nothing nothing;
+    for (; i < all.leaves; ++i) {
+        const In dy{all.dy.p + i * all.leaf_dy, 0}, x{all.x.p + i * all.leaf_x, 0};
+        out[i] = sums_of_leaf<X, false>(dy, x, all.w, s, all.set + i * all.next_set, 1, all.lanes, nothing);
+    }
+}
+
+NK_INLINE bool are_short_leaves(const SumSeries& of) {
+    return of.rows == 1 && of.lanes <= kStep && of.leaves >= kEight && of.next_set <= 1;
+}
+
 // Sums of leaves whose runs lie side by side, row by row of all of them: memory is read in its order, and the sums of a
 // leaf wait in L1 for its next run. The same sums as those of SumsBlock: they go over to double every kDepth steps,
 // also in the midst of a run. docs/decisions/0002-schedule.md, "Small images".
@@ -1070,6 +1121,14 @@ template <class X, bool WLane>
 void sums_along(const SumSeries* series, index_t n, Statistics<Compute<X>> s, bool far, Sums* out) {
     if constexpr (!WLane) {
         if (sums_side_by_side<X>(series, n, s, far, out)) return;
+        if constexpr (!kAboutOrigin<X>) {
+            for (; n > 0 && are_short_leaves(*series); --n, out += series++->leaves) {
+                const auto kernel = series->lanes <= kWidth<X> ? sums_of_short_leaves<X, 1>
+                                                               : sums_of_short_leaves<X, kStep / kWidth<X>>;
+                kernel(*series, s, out);
+            }
+            if (n == 0) return;
+        }
     }
     NoAsker* const none = nullptr;
     AsksInMemory* const in_memory = nullptr;

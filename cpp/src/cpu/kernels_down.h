@@ -52,21 +52,13 @@ NK_INLINE Statistics<T> shifted(Statistics<T> s, index_t by) {
     return {move(s.hi), move(s.lo), move(s.rstd), move(s.mean_g), move(s.mean_g_xhat), s.row};
 }
 
-// Non-temporal stores down the rows need all rows to reach a vector boundary after the same number of lanes. Rows with
-// gaps in between begin and end each by themselves, as those of can_stream.
-template <class X>
-NK_INLINE bool can_stream_down(Out y, index_t lanes, bool without_gap) {
-    if (y.row % kMemoryBytes<X> != 0) return false;
-    return without_gap ? reinterpret_cast<std::uintptr_t>(y.p) % sizeof(X) == 0 : can_stream<X>(y, lanes);
-}
-
 // What is one a lane in the formula, N arrays of it, so short that together they leave room in L1 for what goes by.
 template <class X, int N>
 constexpr index_t kTermLanes = 20480 / N / 256 * 256 / static_cast<index_t>(sizeof(Compute<X>));
 template <class X, int N>
 struct Terms {
     static_assert(kTermLanes<X, N> % 64 == 0, "or lanes_of_part may give more");
-    alignas(64) Compute<X> of[N][kTermLanes<X, N> + kWidth<X>];
+    alignas(64) Compute<X> of[N][kTermLanes<X, N> + 2 * kWidth<X>];
 };
 
 // f(lane, n) for the vectors of a row, its first `head` lanes by themselves.
@@ -87,7 +79,7 @@ NK_INLINE void for_row(index_t lanes, index_t head, F f) {
 // of `lanes` lanes with the terms repeated: vectors are part-filled where lanes are few or no multiple of a vector.
 // The first `head` lanes bring the result to a vector boundary; the terms are stored as far from one, so that loading
 // them crosses no cache line. Seamless: only those of the first bundle do, and all vectors behind them are whole,
-// across the ends of rows, whose terms go on with those of the next (a part-filled store at the ends of each row
+// across the ends of bundles, whose terms go on with those of the next (a part-filled store at the ends of each row
 // between non-temporal ones: batch norm 32 x 64 x 56^2 in evaluation took 3.5 times as long).
 struct Bundle {
     index_t rows, lanes, head;
@@ -109,7 +101,17 @@ NK_INLINE Bundle bundle_of(Out y, index_t rows, index_t lanes, bool without_gap)
     }
     const bool aligned_alike = y.row * n % kMemoryBytes<X> == 0;
     const index_t head = Stream || (aligned_alike && n * lanes > few) ? head_of<X>(y.p) : 0;
-    return {n, n * lanes, head, Stream && without_gap && head > 0 && n * lanes % width == 0};
+    return {n, n * lanes, head, Stream && without_gap && (head > 0 || n * lanes % width != 0)};
+}
+
+// Non-temporal stores down the rows need all rows to reach a vector boundary after the same number of lanes, or to be
+// seamless, which rows in parts are not. Rows with gaps in between begin and end each by themselves, as those of
+// can_stream.
+template <class X>
+NK_INLINE bool can_stream_down(Out y, index_t lanes, bool without_gap) {
+    const bool whole = y.row % kMemoryBytes<X> == 0;
+    if (!without_gap) return whole && can_stream<X>(y, lanes);
+    return (whole || lanes <= kBundleLanes<X>) && reinterpret_cast<std::uintptr_t>(y.p) % sizeof(X) == 0;
 }
 
 template <class X>
@@ -127,7 +129,10 @@ NK_INLINE void repeat(Terms<X, N>& terms, Bundle b) {
             __builtin_memcpy(first + done * lanes, first, more * lanes * sizeof *first);
             done += more;
         }
-        if (b.seamless) __builtin_memcpy(first + b.lanes, first, b.head * sizeof *first);
+        if (b.seamless) {
+            const index_t more = kWidth<X> < b.lanes ? kWidth<X> : b.lanes;
+            __builtin_memcpy(first + b.lanes, first, more * sizeof *first);
+        }
     }
 }
 
@@ -150,11 +155,13 @@ template <class X, class F>
 NK_INLINE void for_bundles(Bundle b, index_t r, index_t rows, F f) {
     const index_t lanes = b.lanes / b.rows;
     if (b.seamless) {
-        const index_t all = rows * lanes;
-        f(index_t{0}, index_t{0}, index_t{0}, static_cast<int>(b.head < all ? b.head : all));
-        for (index_t at = b.head; at < all; at += b.lanes) {
-            for_row<X>(all - at < b.lanes ? all - at : b.lanes, 0,
-                       [=](index_t l, int n) NK_INLINE_LAMBDA { f(index_t{0}, at + l, b.head + l, n); });
+        const index_t all = rows * lanes, head = b.head < all ? b.head : all;
+        if (head > 0) f(index_t{0}, index_t{0}, index_t{0}, static_cast<int>(head));
+        // The vectors that begin in one bundle, the last of which may end in the next.
+        for (index_t at = head, t = head, n; at < all; at += n, t += n - b.lanes) {
+            const index_t begun = (b.lanes - t + kWidth<X> - 1) / kWidth<X> * kWidth<X>;
+            n = all - at < begun ? all - at : begun;
+            for_row<X>(n, 0, [=](index_t l, int m) NK_INLINE_LAMBDA { f(index_t{0}, at + l, t + l, m); });
         }
         return;
     }

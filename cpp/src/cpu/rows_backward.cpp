@@ -174,6 +174,8 @@ class RowsBackward {
             for (index_t c = 0; c < n * per_set; ++c) sums[c] = cell(set + c / per_set, c % per_set);
         } else if (side_by_side_) {
             cells_side_by_side(plan_.kept.offsets(set), n, s, sums);
+        } else if (stacked_ && leaves_.count() == 1 && index_.n == 1 && per_set > 1) {
+            cells_stacked(set, n, sums, beside());
         } else if (leaves_.count() == 1 && index_.n <= 1) {
             cells_at_one_distance(plan_.kept.offsets(set), n, s, sums, beside());
         } else {
@@ -197,6 +199,22 @@ class RowsBackward {
             series[i].next_set = one_each;
         }
         sums_along(k_, series.get(), all, s, schedule_.far, sums, beside);
+    }
+
+    // Each cell is one leaf, and those of neighbouring sets follow each other: one series of all.
+    void cells_stacked(index_t set, index_t n, Sums* sums, Unwritten<X>* beside) const {
+        const index_t per_set = index_.size();
+        const Offsets from = plan_.kept.offsets(set);
+        tiles_.template for_stacks<T>(n, from, [&](const Tiles&, const Offsets& at, index_t first, index_t sets) {
+            SumSeries all = leaf_as_series(at, 0, 0, leaves_[0]);
+            all.leaf_dy = index_.inner().stride[kDy];
+            all.leaf_x = index_.inner().stride[kX];
+            all.leaves = sets * per_set;
+            all.next_set = 1;
+            Repeated<T, 3> of_cells(sets, per_set);
+            const TileStatistics<T> s = of_cells(statistics_.tile(set + first, 1, 0, sets), false, 0);
+            sums_along(k_, &all, 1, s, schedule_.far, sums + first * per_set, beside);
+        });
     }
 
     // Sets of one cell whose runs are short and lie side by side: leaf by leaf of all of them, so that kernels can read
