@@ -173,9 +173,12 @@ def test_same_bits_on_every_path(rng, case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lanes", [1, 2, 3, 8, 16, 24, 40, 48, 64, 80, 100, 200, 640, 1001, 1040, 1680])
+@pytest.mark.parametrize("lanes", [1, 2, 3, 8, 16, 24, 40, 48, 64, 80, 100, 200, 640, 1001, 1025, 1040, 1680, 2051])
 def test_same_bits_wherever_results_lie(rng, dtype, lanes):
-    """Down the rows: results that begin within a line, on both kinds of store, and nothing beside them is written."""
+    """Down the rows: results that begin within a line, on both kinds of store, and nothing beside them is written.
+
+    Rows that follow each other, and rows with gaps in between.
+    """
     rows, margin = 37, 128
     dtype = np.dtype(dtype)
     x, dy, weight, bias = (random(rng, shape, dtype=dtype.name) for shape in [(rows, lanes)] * 2 + [(lanes,)] * 2)
@@ -190,13 +193,16 @@ def test_same_bits_wherever_results_lie(rng, dtype, lanes):
         with _debug.force(stream=False):
             expected = call(None)
         for isa, stream in product(_debug.isas(), (False, True)):
-            for past in (0, dtype.itemsize, 16, 48):
-                memory = np.full(x.nbytes + 2 * margin, 0xA5, np.uint8)
+            for past, gap in product((0, dtype.itemsize, 16, 48), (0, 3)):
+                row = (lanes + gap) * dtype.itemsize
+                memory = np.full(rows * row + 2 * margin, 0xA5, np.uint8)
                 first = -memory.ctypes.data % 64 + past
-                out = memory[first : first + x.nbytes].view(dtype).reshape(x.shape)
+                all_rows = memory[first : first + rows * row].reshape(rows, row)
+                out = all_rows[:, : x.nbytes // rows].view(dtype)
                 with _debug.force(isa=isa, stream=stream):
                     same([call(out)], [expected])
-                assert (memory[:first] == 0xA5).all() and (memory[first + x.nbytes :] == 0xA5).all()
+                out.view(np.uint8)[:] = 0xA5
+                assert (memory == 0xA5).all()
 
 
 def test_few_channels_last_go_past_the_caches():

@@ -98,6 +98,7 @@ std::atomic<const Isa*>& chosen() {
 
 const bool ahead_to_l1 = asks_l1();
 const bool dx_beside = is_intel();
+const index_t least_ragged_row = is_intel() ? 512 : kLongRow;
 
 const Isa& isa_in_force() {
     const char* forced = this_thread_choices().isa;

@@ -66,6 +66,16 @@ extern const bool ahead_to_l1;
 // streams: where L1 has no room for two rows, or sets wait in L2 (docs/decisions/0002-schedule.md, "Row by row").
 extern const bool dx_beside;
 
+// Bytes of a row that begins and ends within lines from which on it goes past the caches: its ends are ordinary stores,
+// a core waits for the line of each, and the non-temporal stores behind it wait too. Time with them over time without,
+// rows 16 bytes past a line, layer norm forward and backward (one thread of a Zen 4): 128 lanes 2.0 and 1.7, 384 1.3
+// and 0.95, 768 0.75 and 0.8.
+constexpr index_t kLongRow = 3 * 1024;
+// The same down the rows, where loads and stores of ordinary rows cross lines too. Time without over time with them,
+// batch norm of rows with gaps, evaluation and backward (one thread of an Emerald Rapids): 50 lanes 0.87 and 0.85, 100
+// 1.29 and 0.99, 200 2.15 and 1.18, 300 3.0 and 1.2 to 1.34, 1,000 3.0 and 1.25 to 1.37. Elsewhere not measured.
+extern const index_t least_ragged_row;
+
 NORMKIT_HOST_DEVICE bool on_line(const char* p) { return reinterpret_cast<std::uintptr_t>(p) % kLine == 0; }
 template <class P>
 NORMKIT_HOST_DEVICE bool on_lines(Rows<P> a) {

@@ -80,10 +80,11 @@ NK_INLINE void for_row(index_t lanes, index_t head, F f) {
 // The first `head` lanes bring the result to a vector boundary; the terms are stored as far from one, so that loading
 // them crosses no cache line. Seamless: only those of the first bundle do, and all vectors behind them are whole,
 // across the ends of bundles, whose terms go on with those of the next (a part-filled store at the ends of each row
-// between non-temporal ones: batch norm 32 x 64 x 56^2 in evaluation took 3.5 times as long).
+// between non-temporal ones: batch norm 32 x 64 x 56^2 in evaluation took 3.5 times as long). Not alike: each bundle
+// has a head of its own.
 struct Bundle {
     index_t rows, lanes, head;
-    bool seamless;
+    bool seamless, alike;
 };
 template <class X>
 constexpr index_t kBundleLanes = kTermLanes<X, 5>;
@@ -101,17 +102,20 @@ NK_INLINE Bundle bundle_of(Out y, index_t rows, index_t lanes, bool without_gap)
     }
     const bool aligned_alike = y.row * n % kMemoryBytes<X> == 0;
     const index_t head = Stream || (aligned_alike && n * lanes > few) ? head_of<X>(y.p) : 0;
-    return {n, n * lanes, head, Stream && without_gap && (head > 0 || n * lanes % width != 0)};
+    const bool seamless = Stream && without_gap && (head > 0 || n * lanes % width != 0);
+    return {n, n * lanes, head, seamless, !Stream || aligned_alike};
 }
 
-// Non-temporal stores down the rows need all rows to reach a vector boundary after the same number of lanes, or to be
-// seamless, which rows in parts are not. Rows with gaps in between begin and end each by themselves, as those of
-// can_stream.
+// Non-temporal stores down the rows need all rows to reach a vector boundary after the same number of lanes, unless
+// they go by in bundles: those are seamless, or, where rows have gaps in between or come in parts, so long that their
+// ends, ordinary stores, cost less than is gained.
 template <class X>
-NK_INLINE bool can_stream_down(Out y, index_t lanes, bool without_gap) {
+NK_INLINE bool can_stream_down(Out y, index_t lanes, bool without_gap, bool in_bundles) {
     const bool whole = y.row % kMemoryBytes<X> == 0;
-    if (!without_gap) return whole && can_stream<X>(y, lanes);
-    return (whole || lanes <= kBundleLanes<X>) && reinterpret_cast<std::uintptr_t>(y.p) % sizeof(X) == 0;
+    if (whole ? without_gap : in_bundles && without_gap && lanes <= kBundleLanes<X>) {
+        return reinterpret_cast<std::uintptr_t>(y.p) % sizeof(X) == 0;
+    }
+    return (whole || in_bundles) && can_stream<X>(y, lanes, whole ? kLongRow : least_ragged_row);
 }
 
 template <class X>
@@ -150,9 +154,9 @@ NK_INLINE bool in_registers(Bundle b, F f) {
     return true;
 }
 
-// f(row, element behind its beginning, term, n) for the vectors of `rows` rows from number r on, bundle by bundle.
+// f(row, element behind its beginning, term, n) for the vectors of `rows` rows of y from number r on, bundle by bundle.
 template <class X, class F>
-NK_INLINE void for_bundles(Bundle b, index_t r, index_t rows, F f) {
+NK_INLINE void for_bundles(Bundle b, Out y, index_t r, index_t rows, F f) {
     const index_t lanes = b.lanes / b.rows;
     if (b.seamless) {
         const index_t all = rows * lanes, head = b.head < all ? b.head : all;
@@ -166,7 +170,7 @@ NK_INLINE void for_bundles(Bundle b, index_t r, index_t rows, F f) {
         return;
     }
     for (; r < rows; r += b.rows) {
-        for_row<X>(rows - r < b.rows ? (rows - r) * lanes : b.lanes, b.head,
+        for_row<X>(rows - r < b.rows ? (rows - r) * lanes : b.lanes, b.alike ? b.head : head_of<X>(y.at(r)),
                    [=](index_t l, int n) NK_INLINE_LAMBDA { f(r, l, l, n); });
     }
 }
@@ -213,7 +217,7 @@ void apply_terms(In x, Out y, const Terms<X, 3>& terms, Bundle b, index_t rows) 
     }
     // From memory, where rows lie apart, the next one is asked for: it is a page or more away, where no hardware looks
     // ahead (0.85 of the time of batch norm 32 x 1024 x 14^2 in evaluation).
-    for_bundles<X>(b, r, rows, [=](index_t row, index_t l, index_t t, int n) NK_INLINE_LAMBDA {
+    for_bundles<X>(b, y, r, rows, [=](index_t row, index_t l, index_t t, int n) NK_INLINE_LAMBDA {
         const char* px = x.at(row) + bytes<X>(l);
         if constexpr (Stream) {
             if (apart) {
@@ -279,8 +283,9 @@ NK_INLINE void apply_down_rows(In x, Out y, In w, In b, Statistics<Compute<X>> s
 
 template <class X, bool WLane>
 void apply_down(In x, Out y, In w, In b, Statistics<Compute<X>> s, index_t rows, index_t lanes, bool stream) {
-    const bool without_gap = w.row == 0 && b.row == 0 && x.row == bytes<X>(lanes) && y.row == x.row;
-    if (stream && can_stream_down<X>(y, lanes, without_gap)) {
+    const bool in_bundles = w.row == 0 && b.row == 0;
+    const bool without_gap = in_bundles && x.row == bytes<X>(lanes) && y.row == x.row;
+    if (stream && can_stream_down<X>(y, lanes, without_gap, in_bundles)) {
         apply_down_rows<X, WLane, true>(x, y, w, b, s, rows, lanes);
     } else {
         apply_down_rows<X, WLane, false>(x, y, w, b, s, rows, lanes);
@@ -417,7 +422,7 @@ void dx_terms_down(In dy, In x, Out dx, const Terms<X, 5>& terms, Bundle b, inde
     });
     const index_t without_gap = bytes<X>(b.lanes / b.rows);
     const bool apart = x.row != without_gap || dy.row != without_gap;
-    for_bundles<X>(b, r, rows, [=](index_t row, index_t l, index_t t, int n) NK_INLINE_LAMBDA {
+    for_bundles<X>(b, dx, r, rows, [=](index_t row, index_t l, index_t t, int n) NK_INLINE_LAMBDA {
         const char *pdy = dy.at(row) + bytes<X>(l), *px = x.at(row) + bytes<X>(l);
         if constexpr (Stream) {
             ask_down(pdy, dy.row, apart);
@@ -727,9 +732,9 @@ template <class X, bool SLane, bool WLane>
 void backward_down(In dy, In x, In w, Out dx, Statistics<Compute<X>> s, index_t rows, index_t lanes, DownSums sums,
                    bool stream) {
     double *const sum_g = sums.g, *const sum_g_xhat = sums.g_xhat;
-    const bool without_gap =
-        SLane && !sum_g && w.row == 0 && x.row == bytes<X>(lanes) && dy.row == x.row && dx.row == x.row;
-    const bool streamed = stream && can_stream_down<X>(dx, lanes, without_gap);
+    const bool in_bundles = SLane && !sum_g && w.row == 0;
+    const bool without_gap = in_bundles && x.row == bytes<X>(lanes) && dy.row == x.row && dx.row == x.row;
+    const bool streamed = stream && can_stream_down<X>(dx, lanes, without_gap, in_bundles);
     if constexpr (!SLane && WLane) {
         if (dx.p && sum_g && lanes >= kRowByRow) {
             backward_down_by_row<X, false>(dy, x, w, dx, s, rows, lanes, sums, {}, stream);

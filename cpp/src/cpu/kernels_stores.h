@@ -90,11 +90,8 @@ NK_INLINE void for_vectors(index_t lanes, index_t head, F f) {
     if (at < lanes) f(at, static_cast<int>(lanes - at));
 }
 
-// Non-temporal stores need elements that can reach a vector boundary at all. Where rows begin or end within a line they
-// have to be long, so that their ends, ordinary stores, cost less than is gained: a core waits for the line of each,
-// and the non-temporal stores behind it wait too. Time with them over time without, rows 16 bytes past a line, layer
-// norm forward and backward (one thread of a Zen 4): 128 lanes 2.0 and 1.7, 384 1.3 and 0.95, 768 0.75 and 0.8.
-constexpr index_t kLongRow = 3 * 1024;
+// Non-temporal stores need elements that can reach a vector boundary at all, and rows that begin and end on lines, or are
+// long.
 template <class X>
 NK_INLINE bool can_stream(Out y, index_t lanes, index_t least = kLongRow) {
     const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p));

@@ -100,7 +100,6 @@ class RowsBackward {
     // in turn, with fewer and with as many as in turn, two threads of an Emerald Rapids: 32 x 400 x 24^2 1.15, 1.02, 32
     // x 512 x 28^2 1.18, 1.05; where rows can't, 32 x 400 x 23^2 0.82, 1.04 (one thread 0.66, 1.16).
     Together together() const {
-        constexpr index_t kLongRow = 3 * 1024;
         const index_t row = run_.size() * index_t{sizeof(X)};
         return schedule_.by_row && (row >= kLongRow || row % kLine == 0) ? Together::beside : Together::sums;
     }
