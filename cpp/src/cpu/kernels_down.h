@@ -115,7 +115,7 @@ NK_INLINE bool can_stream_down(Out y, index_t lanes, bool without_gap, bool in_b
     if (whole ? without_gap : in_bundles && without_gap && lanes <= kBundleLanes<X>) {
         return reinterpret_cast<std::uintptr_t>(y.p) % sizeof(X) == 0;
     }
-    return (whole || in_bundles) && can_stream<X>(y, lanes, whole ? kLongRow : least_ragged_row);
+    return (whole || in_bundles) && can_stream<X>(y, lanes);
 }
 
 template <class X>

@@ -90,10 +90,10 @@ NK_INLINE void for_vectors(index_t lanes, index_t head, F f) {
     if (at < lanes) f(at, static_cast<int>(lanes - at));
 }
 
-// Non-temporal stores need elements that can reach a vector boundary at all, and rows that begin and end on lines, or are
-// long.
+// Non-temporal stores need elements that can reach a vector boundary at all, and rows that begin and end on lines, or
+// are long.
 template <class X>
-NK_INLINE bool can_stream(Out y, index_t lanes, index_t least = kLongRow) {
+NK_INLINE bool can_stream(Out y, index_t lanes, index_t least = least_ragged_row) {
     const index_t past = static_cast<index_t>(reinterpret_cast<std::uintptr_t>(y.p));
     if (on_lines(y)) return true;
     return past % sizeof(X) == 0 && y.row % sizeof(X) == 0 && bytes<X>(lanes) >= least;
@@ -286,7 +286,7 @@ NK_INLINE auto with_stores(bool stream, bool lines, F f) {
 template <class X, bool PerLane, class F>
 NK_INLINE void with_row_stores(bool stream, In x, Out y, index_t lanes, bool lines, F f) {
     constexpr index_t kRow = 512;
-    const bool can = stream && can_stream<X>(y, lanes, y.row == bytes<X>(lanes) ? kRow : kLongRow);
+    const bool can = stream && can_stream<X>(y, lanes, y.row == bytes<X>(lanes) ? kRow : least_ragged_row);
     if constexpr (kCanJoin) {
         with_stores<X>(can, lines && !(PerLane && begins_on_lines(x, y, bytes<X>(lanes), sizeof(X))), f);
     } else if (can) {
