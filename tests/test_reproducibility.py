@@ -177,21 +177,23 @@ def test_same_bits_on_every_path(rng, case):
 def test_same_bits_wherever_results_lie(rng, dtype, lanes):
     """Down the rows: results that begin within a line, on both kinds of store, and nothing beside them is written.
 
-    Rows that follow each other, and rows with gaps in between.
+    Rows that follow each other, and rows with gaps in between, of what is read and what is written.
     """
     rows, margin = 37, 128
     dtype = np.dtype(dtype)
     x, dy, weight, bias = (random(rng, shape, dtype=dtype.name) for shape in [(rows, lanes)] * 2 + [(lanes,)] * 2)
     mean, var = random(rng, (lanes,)), np.full(lanes, 2, np.float32)
     rstd = 1 / np.sqrt(var.astype(np.float64))
+    apart = [np.zeros((rows, lanes + 3), dtype)[:, :lanes] for _ in range(2)]
+    apart[0][:], apart[1][:] = x, dy
     calls = (
-        lambda out: nk.batch_norm(x, None, None, weight, bias, True, out=out),
-        lambda out: nk.batch_norm(x, mean, var, weight, bias, out=out),
-        lambda out: nk.batch_norm_backward(dy, x, mean.astype(np.float64), rstd, weight, out=out)[0],
+        lambda x, dy, out: nk.batch_norm(x, None, None, weight, bias, True, out=out),
+        lambda x, dy, out: nk.batch_norm(x, mean, var, weight, bias, out=out),
+        lambda x, dy, out: nk.batch_norm_backward(dy, x, mean.astype(np.float64), rstd, weight, out=out)[0],
     )
     for call in calls:
         with _debug.force(stream=False):
-            expected = call(None)
+            expected = call(x, dy, None)
         for isa, stream in product(_debug.isas(), (False, True)):
             for past, gap in product((0, dtype.itemsize, 16, 48), (0, 3)):
                 row = (lanes + gap) * dtype.itemsize
@@ -200,7 +202,8 @@ def test_same_bits_wherever_results_lie(rng, dtype, lanes):
                 all_rows = memory[first : first + rows * row].reshape(rows, row)
                 out = all_rows[:, : x.nbytes // rows].view(dtype)
                 with _debug.force(isa=isa, stream=stream):
-                    same([call(out)], [expected])
+                    same([call(x, dy, out)], [expected])
+                    same([call(*apart, None)], [expected])
                 out.view(np.uint8)[:] = 0xA5
                 assert (memory == 0xA5).all()
 

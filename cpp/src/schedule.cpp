@@ -222,10 +222,13 @@ bool short_images(const Plan& plan, index_t element) {
     return next.stride[kY] == run * element && run * next.extent >= kStreamRow;
 }
 
-// Whether the rows of the columns walk follow each other in memory: however short, kernels write several as one.
-// docs/decisions/0002-schedule.md, "Down the rows".
-bool rows_follow(const Plan& plan, index_t row_bytes) {
-    return plan.walk == Walk::columns && plan.runs.n > 0 && plan.runs.inner().stride[kY] == row_bytes;
+// Whether the rows of the columns walk follow each other in all arrays and have their parameters in common: however
+// short, kernels write several as one. docs/decisions/0002-schedule.md, "Down the rows".
+bool rows_follow(const Plan& plan, index_t row_bytes, int arrays) {
+    if (plan.walk != Walk::columns || plan.runs.n == 0) return false;
+    const index_t* const stride = plan.runs.inner().stride;
+    return stride[kX] == row_bytes && stride[kY] == row_bytes && (arrays == 1 || stride[kDy] == row_bytes) &&
+           stride[kWeight] == 0 && (arrays > 1 || stride[kBias] == 0);
 }
 
 bool choose(int forced, bool automatic) { return forced < 0 ? automatic : forced != 0; }
@@ -275,9 +278,9 @@ Schedule make_schedule(const Plan& plan, index_t element, int arrays, bool write
                                                     : Writes::after;
     s.far = choose(forced.stream, all >= far_bytes(writes, s.threads));
     s.in_eights = s.by_row && in_eights && (!s.far || plan.set_size * element * arrays <= kFarEights);
-    s.stream = choose(forced.stream,
-                      write && !in_place && s.far &&
-                          (row >= kStreamRow || short_images(plan, element) || rows_follow(plan, row * element))) &&
+    s.stream = choose(forced.stream, write && !in_place && s.far &&
+                                         (row >= kStreamRow || short_images(plan, element) ||
+                                          rows_follow(plan, row * element, arrays))) &&
                lies_on_elements(plan, element);
     s.beyond_l3 = choose(forced.stream, all >= kBeyondL3);
     s.in_parts = s.by_row && s.stream && arrays == 1 && parts_pay(plan, element, s.beyond_l3);

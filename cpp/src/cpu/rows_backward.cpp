@@ -96,9 +96,11 @@ class RowsBackward {
     }
     bool wants_set_sums() const { return call_.dx && !call_.constant_statistics; }
 
-    // Beside, fewer sets come together, if each of their rows can go past the caches by itself. Batch norm, speed over
-    // in turn, with fewer and with as many as in turn, two threads of an Emerald Rapids: 32 x 400 x 24^2 1.15, 1.02, 32
-    // x 512 x 28^2 1.18, 1.05; where rows can't, 32 x 400 x 23^2 0.82, 1.04 (one thread 0.66, 1.16).
+    // Beside, fewer sets come together, if their rows are whole lines or long: each goes past the caches by itself
+    // then. Batch norm, speed over in turn, with fewer and with as many as in turn, two threads of an Emerald Rapids:
+    // 32 x 400 x 24^2 1.15, 1.02, 32 x 512 x 28^2 1.18, 1.05; others 32 x 400 x 23^2 0.82, 1.04 (one thread
+    // 0.66, 1.16), also where they go past the caches by themselves (least_ragged_row): fewer over as many, 32 x 256 x
+    // 17^2 0.87, 21^2 and 23^2 1.0, 64 x 256 x 27^2 1.15.
     Together together() const {
         const index_t row = run_.size() * index_t{sizeof(X)};
         return schedule_.by_row && (row >= kLongRow || row % kLine == 0) ? Together::beside : Together::sums;
