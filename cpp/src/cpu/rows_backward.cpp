@@ -193,11 +193,7 @@ class RowsBackward {
         Room<SumSeries, kSetsAtOnce> series;
         const index_t all = one_each ? 1 : n;
         for (index_t i = 0; i < all; ++i) {
-            series[i] = leaf_as_series(at, i, 0, leaves_[0]);
-            series[i].leaf_dy = next.stride[kDy];
-            series[i].leaf_x = next.stride[kX];
-            series[i].leaves = one_each ? n : per_set;
-            series[i].next_set = one_each;
+            series[i] = leaves_along(next, one_each ? n : per_set, one_each, leaf_as_series(at, i, 0, leaves_[0]));
         }
         sums_along(k_, series.get(), all, s, schedule_.far, sums, beside);
     }
@@ -207,11 +203,7 @@ class RowsBackward {
         const index_t per_set = index_.size();
         const Offsets from = plan_.kept.offsets(set);
         tiles_.template for_stacks<T>(n, from, [&](const Tiles&, const Offsets& at, index_t first, index_t sets) {
-            SumSeries all = leaf_as_series(at, 0, 0, leaves_[0]);
-            all.leaf_dy = index_.inner().stride[kDy];
-            all.leaf_x = index_.inner().stride[kX];
-            all.leaves = sets * per_set;
-            all.next_set = 1;
+            const SumSeries all = leaves_along(index_.inner(), sets * per_set, 1, leaf_as_series(at, 0, 0, leaves_[0]));
             Repeated<T, 3> of_cells(sets, per_set);
             const TileStatistics<T> s = of_cells(statistics_.tile(set + first, 1, 0, sets), false, 0);
             sums_along(k_, &all, 1, s, schedule_.far, sums + first * per_set, beside);
@@ -228,11 +220,7 @@ class RowsBackward {
         for (index_t first = 0, m; first < leaves_.count(); first += m) {
             m = std::min(kAtOnce, leaves_.count() - first);
             for (index_t j = 0; j < m; ++j) {
-                series[j] = leaf_as_series(at, 0, 0, leaves_[first + j]);
-                series[j].leaf_dy = tiles_.next.stride[kDy];
-                series[j].leaf_x = tiles_.next.stride[kX];
-                series[j].leaves = n;
-                series[j].next_set = 1;
+                series[j] = leaves_along(tiles_.next, n, 1, leaf_as_series(at, 0, 0, leaves_[first + j]));
             }
             sums_along(k_, series.get(), m, s, schedule_.far, of_leaves.get());
             for (index_t j = 0; j < m * n; ++j) sums[j % n] += of_leaves[j];
@@ -292,6 +280,15 @@ class RowsBackward {
                 leaves_.step(x.row, x.lane),
                 1,
                 i};
+    }
+
+    // `leaf` and those that lie along an axis from it, which are of the set that is next_set further each.
+    static SumSeries leaves_along(const Axis& axis, index_t leaves, index_t next_set, SumSeries leaf) {
+        leaf.leaf_dy = axis.stride[kDy];
+        leaf.leaf_x = axis.stride[kX];
+        leaf.leaves = leaves;
+        leaf.next_set = next_set;
+        return leaf;
     }
 
     Sums cell(index_t set, index_t c) const {
