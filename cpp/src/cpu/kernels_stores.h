@@ -110,6 +110,15 @@ NK_INLINE void put(char* p, Vec<X> v, int n) {
     }
 }
 
+// The same, with the line of an ordinary store asked for. Stores leave a core in their order: behind one whose line is
+// still on its way from L2 or L3 those to L1 wait too, and at last the core. Asking runs ahead. docs/decisions/
+// 0002-schedule.md, "Results between other stores".
+template <class X, bool Stream>
+NK_INLINE void put_asking(char* p, Vec<X> v, int n) {
+    if constexpr (!Stream) __builtin_prefetch(p, /*rw=*/1, /*locality=*/3);
+    put<X, Stream>(p, v, n);
+}
+
 // Elements that follow each other in memory, vector by vector, past the caches, wherever they begin: what a vector has
 // beyond a boundary waits for the next. `begin` says where the next ones belong; `finish` stores what is left. Where an
 // instruction set can join vectors (kCanJoin), whole ones may begin anywhere; else they have to lie on boundaries.
@@ -268,6 +277,15 @@ NK_INLINE void put([[maybe_unused]] EndsOf<X, How, PerLane>& ends, [[maybe_unuse
         ends.put_part(p, v, n);
     } else {
         ends.put(p, v);
+    }
+}
+
+template <class X, Stores How, bool PerLane>
+NK_INLINE void put_asking(EndsOf<X, How, PerLane>& ends, char* p, Vec<X> v, int n) {
+    if constexpr (How == Stores::cached) {
+        put_asking<X, false>(p, v, n);
+    } else {
+        put<X, How, PerLane>(ends, p, v, n);
     }
 }
 
