@@ -7,6 +7,8 @@
 
 #include "kernels.h"
 
+#include "kernels_beside.h"
+#include "kernels_convert.h"
 #include "kernels_down.h"
 #include "kernels_eights.h"
 

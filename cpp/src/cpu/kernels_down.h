@@ -1,7 +1,9 @@
 // Kernels down the rows: neighbouring lanes are different sets. Results are written row by row. Part of kernels.cpp.
 #pragma once
 
+#include "kernels_along.h"
 #include "kernels_leaves.h"
+#include "kernels_sums.h"
 
 namespace {
 

@@ -7,6 +7,8 @@
 #pragma once
 
 #include "kernels_along.h"
+#include "kernels_moments.h"
+#include "kernels_sums.h"
 
 namespace {
 

@@ -2,7 +2,7 @@
 // registers while the rows of a leaf go by. Part of kernels.cpp.
 #pragma once
 
-#include "kernels_along.h"
+#include "kernels_moments.h"
 
 namespace {
 
