@@ -169,6 +169,14 @@ struct Unwritten {
     bool done() const { return row == rows; }
 };
 
+// Whether L1 has room for two such rows, the sums down the lanes and w. Time with one row of dx beside the sums of the
+// next / in turn, rms norm of 2^24 elements (one thread of a Zen 5): rows of 1024 0.8, 1536 1.0, 2048 1.35, 4096 1.45.
+// Rows of 16 bits are half as long, and their conversions are worth doing meanwhile: 4096 0.65. On an Emerald Rapids
+// (dx_beside) 3072 to 8192 0.8 to 0.86 from memory, but 4096 in L2 1.12.
+NORMKIT_HOST_DEVICE bool fits_beside(index_t lanes, index_t element) {
+    return element == 2 || lanes * element <= 6 * 1024;
+}
+
 // Sets that are one row each, of at most kMostSums bytes, for a backward pass. The means that dx needs are computed on
 // the way, to where s.mean_g and s.mean_g_xhat point.
 constexpr index_t kMostSums = 32 * 1024;

@@ -92,11 +92,7 @@ void moments_beside(const LeafSeries* series, index_t n, bool center, Moments* o
     });
 }
 
-// Row r is written beside the sums of row r + 1; or before them, where two rows, the sums down the lanes and w together
-// are more than L1 holds. Time beside / in turn, rms norm of 2^24 elements (one thread of a Zen 5): rows of 1024 0.8,
-// 1536 1.0, 2048 1.35, 4096 1.45. Rows of 16 bits are half as long, and their conversions are worth doing meanwhile:
-// 4096 0.65. On an Emerald Rapids (dx_beside) 3072 to 8192 0.8 to 0.86 from memory, but 4096 in L2 1.12.
-constexpr index_t kLongestBeside = 6 * 1024;  // bytes of a row
+// Row r is written beside the sums of row r + 1; or before them, where that is too much for L1.
 template <class X, Down Add, Stores How, bool IsBeside>
 void backward_row_by_row(const BackwardRows<Compute<X>>& of) {
     using T = Compute<X>;
@@ -139,7 +135,7 @@ void backward_row_by_row(const BackwardRows<Compute<X>>& of) {
 template <class X>
 void backward_rows(const BackwardRows<Compute<X>>& all) {
     with_row_stores<X, true>(all.stream, all.x, all.dx, all.lanes, on_lines(all.dx), [&](auto how) NK_INLINE_LAMBDA {
-        const bool is_beside = sizeof(X) == 2 || bytes<X>(all.lanes) <= kLongestBeside || (all.far && dx_beside);
+        const bool is_beside = fits_beside(all.lanes, sizeof(X)) || (all.far && dx_beside);
         const auto kernel = is_beside ? (all.sums.g ? backward_row_by_row<X, Down::kept, how, true>
                                                     : backward_row_by_row<X, Down::none, how, true>)
                                       : (all.sums.g ? backward_row_by_row<X, Down::kept, how, false>

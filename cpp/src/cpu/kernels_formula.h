@@ -25,6 +25,7 @@ using normkit::cpu::BackwardRows;
 using normkit::cpu::begins_on_lines;
 using normkit::cpu::DownSums;
 using normkit::cpu::dx_beside;
+using normkit::cpu::fits_beside;
 using normkit::cpu::ForwardEights;
 using normkit::cpu::Gradients;
 using normkit::cpu::In;
