@@ -53,11 +53,11 @@ constexpr index_t kNearSamples = index_t{16} << 20;
 // ends with, the next of the same arrays begins with, which a benchmark makes much of (2 x 64^3 x 32 0.98; 0.97).
 constexpr index_t kTogether = index_t{16} << 20, kLeastTurns = 4;
 
-// Bytes of a set of one row from which on it pays to do its sums beside the writing of another, where all of them come
-// from beyond L2. More for a forward pass that is not written past the caches. Time row by row / in batches, float32:
-// layer norm 25088 x 128 forward 0.7, backward 0.55 (two threads); 6272 x 256 backward 0.7, but forward 1.2; 4096 x 768
-// 0.75. Backward on an Emerald Rapids (dx_beside) in L2 too, while rows fit beside: 64 x 768 to 700 x 768 0.75 to 0.92,
-// on two threads 0.74 to 0.94; one to four rows 0.94 to 1.0; float16 0.85 to 0.98, float64 0.78 to 1.0.
+// Bytes of a set of one row from which on it pays to do its sums beside the writing of another, as a rule where all of
+// them come from beyond L2. More for a forward pass that is not written past the caches. Time row by row / in batches,
+// float32: layer norm 25088 x 128 forward 0.7, backward 0.55 (two threads); 6272 x 256 backward 0.7, but forward 1.2;
+// 4096 x 768 0.75. Backward on an Emerald Rapids (dx_beside) in L2 too, while rows fit beside: 8 x 768 to 700 x 768
+// 0.75 to 0.95, on two threads 0.74 to 1.0; one to four rows 0.9 to 1.0; float16 0.85 to 1.0, float64 0.77 to 1.1.
 constexpr index_t kLeastRow = 512, kLeastRowNear = 2048;
 
 // Bytes of a row, backward, from which on L1 has no room for two rows of x and dy, the sums down the lanes and w. Up to

@@ -62,8 +62,9 @@ constexpr index_t kLine = 64;  // bytes of a cache line
 // Whether what is read next is best asked for to L1, and not to L2 (docs/decisions/0002-schedule.md, "To which cache").
 extern const bool ahead_to_l1;
 
-// Whether dx of what comes from memory is best written beside the sums of what comes next also where that means more
-// streams: where L1 has no room for two rows, or sets wait in L2 (docs/decisions/0002-schedule.md, "Row by row").
+// Whether dx is best written beside the sums of what comes next also where that means more streams: from memory where
+// L1 has no room for two rows, or sets wait in L2; and in L2 itself, of rows that fit beside (docs/decisions/
+// 0002-schedule.md, "Row by row", "Results between other stores").
 extern const bool dx_beside;
 
 // Bytes of a row that begins and ends within lines from which on it goes past the caches: its ends are ordinary stores,
@@ -169,10 +170,11 @@ struct Unwritten {
     bool done() const { return row == rows; }
 };
 
-// Whether L1 has room for two such rows, the sums down the lanes and w. Time with one row of dx beside the sums of the
-// next / in turn, rms norm of 2^24 elements (one thread of a Zen 5): rows of 1024 0.8, 1536 1.0, 2048 1.35, 4096 1.45.
-// Rows of 16 bits are half as long, and their conversions are worth doing meanwhile: 4096 0.65. On an Emerald Rapids
-// (dx_beside) 3072 to 8192 0.8 to 0.86 from memory, but 4096 in L2 1.12.
+// Whether dx of a row is best written beside the sums of the next, wherever they come from: while L1 has room for both,
+// the sums down the lanes and w; of 16 bits always, since such rows are half as long, and their conversions are worth
+// doing meanwhile. Time beside / in turn, rms norm of 2^24 elements (one thread of a Zen 5): rows of 1024 0.8,
+// 1536 1.0, 2048 1.35, 4096 1.45, of 16 bits 0.65. On an Emerald Rapids (dx_beside) 3072 to 8192 0.8 to 0.86 from
+// memory, but 4096 in L2 1.12.
 NORMKIT_HOST_DEVICE bool fits_beside(index_t lanes, index_t element) {
     return element == 2 || lanes * element <= 6 * 1024;
 }

@@ -7,7 +7,7 @@
 
 namespace {
 
-// Whether it pays to ask for lines of y: with w and b one a lane 1.0 to 1.1, else 0.9 to 1.05 (an Emerald Rapids).
+// Whether it pays to ask for lines of y: with w and b one a lane 1.0 to 1.14, else 0.9 to 1.05 (an Emerald Rapids).
 template <class X, Stores How, bool WLane>
 NK_INLINE void put_along(EndsOf<X, How, WLane>& ends, char* y, Vec<X> v, int n) {
     if constexpr (WLane) {
