@@ -8,14 +8,8 @@
 namespace {
 
 // Whether it pays to ask for lines of y: with w and b one a lane 1.0 to 1.14, else 0.9 to 1.05 (an Emerald Rapids).
-template <class X, Stores How, bool WLane>
-NK_INLINE void put_along(EndsOf<X, How, WLane>& ends, char* y, Vec<X> v, int n) {
-    if constexpr (WLane) {
-        put_asking<X, How, WLane>(ends, y, v, n);
-    } else {
-        put<X, How, WLane>(ends, y, v, n);
-    }
-}
+template <bool WLane>
+constexpr bool kAsksForY = WLane;
 
 // A row to be written, a few vectors at a time; half as many as its moments, which are two readings, take.
 template <class X, bool WLane, Stores How>
@@ -74,7 +68,7 @@ struct Applying {
             d -= hi;
             if constexpr (WLane) cv = bias_term<Vec<X>>(av, lo, cv);
         }
-        put_along<X, How, WLane>(*ends, y + bytes<X>(lane), d * av + cv, n);
+        put_asking<X, How, WLane, kAsksForY<WLane>>(*ends, y + bytes<X>(lane), d * av + cv, n);
         lane += n;
     }
     NK_INLINE bool asks() const { return How != Stores::cached || far; }
@@ -128,7 +122,7 @@ NK_INLINE void apply_rows(const Unwritten<X>& tile, EndsOf<X, How, WLane>& ends)
             const Vec<X> d = Centred ? xv - hi[j] : xv;
             const Vec<X> av = WLane ? rstd[j] * wv : a[j];
             const Vec<X> cv = !WLane ? c[j] : Centred ? bias_term<Vec<X>>(av, lo[j], bv) : bv;
-            put_along<X, How, WLane>(ends, py + j * y.row + o, d * av + cv, n);
+            put_asking<X, How, WLane, kAsksForY<WLane>>(ends, py + j * y.row + o, d * av + cv, n);
         }
         lane += n;
     };
@@ -454,12 +448,8 @@ struct WritingDx : std::conditional_t<Add == Down::given, Gradients, NotGiven> {
         const Vec<X> d = load_rest<X>(x + bytes<X>(lane), n) - hi;
         Vec<X> a = a_row;
         if constexpr (WLane) a = rstd * load_rest<T>(w + bytes<T>(lane), n);
-        const Vec<X> result = dx_of<Vec<X>>(dyv, d, rstd, a, e, c);
-        if constexpr (Add == Down::kept) {
-            put_asking<X, How, WLane>(*ends, dx + bytes<X>(lane), result, n);
-        } else {
-            put<X, How, WLane>(*ends, dx + bytes<X>(lane), result, n);
-        }
+        put_asking<X, How, WLane, Add == Down::kept>(*ends, dx + bytes<X>(lane), dx_of<Vec<X>>(dyv, d, rstd, a, e, c),
+                                                     n);
         if constexpr (Add != Down::none) {
             const Vec<X> xhat = (kLoose ? d : d - lo) * rstd;
             if constexpr (Add == Down::given) {

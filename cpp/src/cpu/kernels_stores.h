@@ -280,9 +280,10 @@ NK_INLINE void put([[maybe_unused]] EndsOf<X, How, PerLane>& ends, [[maybe_unuse
     }
 }
 
-template <class X, Stores How, bool PerLane>
+// The same; Ask: with the lines of ordinary stores asked for.
+template <class X, Stores How, bool PerLane, bool Ask>
 NK_INLINE void put_asking(EndsOf<X, How, PerLane>& ends, char* p, Vec<X> v, int n) {
-    if constexpr (How == Stores::cached) {
+    if constexpr (Ask && How == Stores::cached) {
         put_asking<X, false>(p, v, n);
     } else {
         put<X, How, PerLane>(ends, p, v, n);
